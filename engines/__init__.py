@@ -1,0 +1,1 @@
+"""Who executes a training step: one module an engine, all with the interface of `engines.base`."""

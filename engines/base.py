@@ -1,0 +1,101 @@
+"""The contract between the training loop and the engines: what goes in, what comes out.
+
+The loop owns epochs, learning rate, logging and checkpoints; an engine owns arithmetic. This module needs numpy
+alone, so that the loader and the loop can use its types where no framework is installed.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import NamedTuple, Protocol
+
+import numpy as np
+
+# Label of a row that counts nowhere; the declared graphs end in SoftmaxOutput(use_ignore=True, ignore_label=-1).
+IGNORED_LABEL = -1
+
+
+class Batch(NamedTuple):
+    """What the loader hands to an engine.
+
+    images: uint8 (N, 3, H, W), RGB. labels: int64 (N,). pad: number of rows at the end that only fill the batch;
+    they repeat earlier rows and count nowhere, neither in the loss nor in the metrics.
+    """
+
+    images: np.ndarray
+    labels: np.ndarray
+    pad: int = 0
+
+    @property
+    def valid(self) -> int:
+        """Rows that count."""
+        return len(self.labels) - self.pad
+
+
+@dataclass
+class Metrics:
+    """Sums over images, so that batches of any size add up; rates are computed only when read."""
+
+    count: int = 0
+    loss_sum: float = 0.0
+    top1_sum: int = 0
+    top5_sum: int = 0
+
+    def __add__(self, other: Metrics) -> Metrics:
+        return Metrics(
+            self.count + other.count,
+            self.loss_sum + other.loss_sum,
+            self.top1_sum + other.top1_sum,
+            self.top5_sum + other.top5_sum,
+        )
+
+    @property
+    def loss(self) -> float:
+        """Mean cross entropy in nats; NaN when nothing was counted."""
+        return self.loss_sum / self.count if self.count else float("nan")
+
+    @property
+    def top1(self) -> float:
+        """Fraction of images whose label is the most likely class."""
+        return self.top1_sum / self.count if self.count else float("nan")
+
+    @property
+    def top5(self) -> float:
+        """Fraction of images whose label is among the five most likely classes (all of them when fewer)."""
+        return self.top5_sum / self.count if self.count else float("nan")
+
+
+@dataclass
+class TrainState:
+    """Everything an engine must be given to continue a run, as host arrays.
+
+    params: "arg:NAME" and "aux:NAME" -> float32 array, in the order of the graph's list_arguments(), then
+    list_auxiliary_states(). optimizer: "SLOT:NAME" -> array, SLOT being "momentum" (sgd, nag) or "mean" and
+    "variance" (adam), NAME a parameter's name without prefix. updates: number of optimizer updates done.
+    """
+
+    params: dict[str, np.ndarray]
+    optimizer: dict[str, np.ndarray] = field(default_factory=dict)
+    updates: int = 0
+
+
+class Engine(Protocol):
+    """What the training loop asks of an engine."""
+
+    def train_batch(self, batch: Batch, lr: float) -> None:
+        """Forward, backward and one update with learning rate `lr`; metrics stay on the device."""
+
+    def predict(self, batch: Batch) -> np.ndarray:
+        """Class probabilities in inference mode, float32 (N, classes), padding rows included."""
+
+    def read_metrics(self) -> Metrics:
+        """Training metrics summed since the last call; the only call that waits for the device."""
+
+    def get_state(self) -> TrainState:
+        """Parameters, auxiliary states and optimizer state as host arrays (waits for the device)."""
+
+    def set_state(self, state: TrainState) -> None:
+        """Continue from `state`; an empty `optimizer` dictionary means fresh optimizer state."""
+
+    def close(self) -> None:
+        """Release devices, threads and processes."""

@@ -1,0 +1,37 @@
+"""The two kinds of mistakes that end a command with one line instead of a traceback."""
+
+from __future__ import annotations
+
+import sys
+from typing import Callable
+
+
+class ProjectError(Exception):
+    """Something failed that the user can act on; the message is one line: the cause and the way out."""
+
+    exit_status = 1
+
+
+class UsageError(ProjectError):
+    """Wrong usage or wrong input, found before any work was done; exit status 2 as argparse uses."""
+
+    exit_status = 2
+
+
+def run_command(main: Callable[[], int | None]) -> int:
+    """Run a command's main function; a ProjectError becomes one line on stderr and its exit status.
+
+    Returns the exit status: what `main` returned (None counts as 0), 1 or 2 for errors, 130 after Ctrl-C.
+    """
+    try:
+        return main() or 0
+    except ProjectError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return error.exit_status
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        # The reader of our output went away (`| head`): nothing is left to tell, and nobody to tell it to.
+        sys.stderr.close()
+        return 1
