@@ -11,8 +11,14 @@ from typing import NamedTuple, Protocol
 
 import numpy as np
 
+from errors import ProjectError
+
 # Label of a row that counts nowhere; the declared graphs end in SoftmaxOutput(use_ignore=True, ignore_label=-1).
 IGNORED_LABEL = -1
+# The loss of a row is -log(p + LOSS_FLOOR), p the probability of its label: the smallest normal float32, so that a
+# probability that underflowed to 0 costs 87.3 nats instead of an infinity, and NaN stays NaN.
+LOSS_FLOOR = float(np.finfo(np.float32).tiny)
+TOP_K = 5
 
 
 class Batch(NamedTuple):
@@ -65,6 +71,31 @@ class Metrics:
         return self.top5_sum / self.count if self.count else float("nan")
 
 
+class NonFiniteLoss(ProjectError):
+    """The loss of a batch became NaN or infinite; `offset` counts batches since the last read_metrics()."""
+
+    def __init__(self, offset: int, loss: float):
+        super().__init__(f"the loss became {loss} in batch {offset} after the last report")
+        self.offset = offset
+        self.loss = loss
+
+
+def sum_batches(rows: np.ndarray, counts: list[int]) -> Metrics:
+    """Add up what an engine collected on its device since the last read.
+
+    rows: float32 (batches, 3), a batch's summed loss in nats, its top-1 and its top-5 hits, padding left out.
+    counts: images that counted, a batch each. The sums are float64: adding float32 numbers of like size is then
+    exact, so an epoch that was interrupted and continued reports the same bits. Raises NonFiniteLoss.
+    """
+    if not counts:
+        return Metrics()
+    bad = np.flatnonzero(~np.isfinite(rows[:, 0]))
+    if len(bad):
+        raise NonFiniteLoss(int(bad[0]), float(rows[bad[0], 0]))
+    loss, top1, top5 = rows.astype(np.float64).sum(axis=0)
+    return Metrics(sum(counts), float(loss), int(top1), int(top5))
+
+
 @dataclass
 class TrainState:
     """Everything an engine must be given to continue a run, as host arrays.
@@ -89,7 +120,9 @@ class Engine(Protocol):
         """Class probabilities in inference mode, float32 (N, classes), padding rows included."""
 
     def read_metrics(self) -> Metrics:
-        """Training metrics summed since the last call; the only call that waits for the device."""
+        """Training metrics summed since the last call; the only call that waits for the device.
+
+        Raises NonFiniteLoss when a batch's loss was NaN or infinite."""
 
     def get_state(self) -> TrainState:
         """Parameters, auxiliary states and optimizer state as host arrays (waits for the device)."""
