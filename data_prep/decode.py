@@ -1,0 +1,126 @@
+"""Image bytes -> upright RGB pixels, complete or refused.
+
+JPEGs go through simplejpeg (libjpeg-turbo), which is faster than the decoder inside OpenCV, gives the same pixels, and
+can be told to refuse damaged data, which OpenCV accepts silently. Everything else goes through OpenCV, which refuses
+truncated files of the other formats by itself. Every heavy call here releases the GIL.
+"""
+
+from __future__ import annotations
+
+import struct
+
+import cv2
+import numpy as np
+import simplejpeg
+
+from errors import UsageError
+
+# Largest picture that is decoded; a damaged header may claim sizes that no memory holds.
+MAX_PIXELS = 1 << 28
+
+_JPEG_START = b"\xff\xd8\xff"
+_JPEG_END = b"\xff\xd9"
+_EXIF_START = b"Exif\0\0"
+_ORIENTATION_TAG = 0x0112
+_INKS = ("CMYK", "YCCK")
+# Sizes that libjpeg-turbo can decode to with its fast reduced transforms, largest reduction first.
+_DCT_REDUCTIONS = (8, 4, 2)
+
+
+class DecodeError(UsageError):
+    """These bytes are no image, or not all of one; the message says why."""
+
+
+def is_jpeg(data: bytes | memoryview) -> bool:
+    """Whether the bytes begin as a JPEG does."""
+    return bytes(data[:3]) == _JPEG_START
+
+
+def image_size(data: bytes | memoryview) -> tuple[int, int] | None:
+    """(height, width) in pixels of a JPEG that can be decoded at a reduced size, read from its header; else None."""
+    if not is_jpeg(data):
+        return None
+    try:
+        height, width, colorspace, _ = simplejpeg.decode_jpeg_header(data)
+    except ValueError:
+        return None
+    return None if _needs_opencv(data, colorspace) else (height, width)
+
+
+def reduction(height: int, width: int, target_height: int, target_width: int) -> int:
+    """How much smaller (1, 2, 4 or 8 times) a picture may be decoded and still be no smaller than its target."""
+    for factor in _DCT_REDUCTIONS:
+        if height >= factor * target_height and width >= factor * target_width:
+            return factor
+    return 1
+
+
+def decode_image(data: bytes | memoryview, reduce: int = 1) -> np.ndarray:
+    """Decode to uint8 (H, W, 3), RGB: grey becomes three equal channels, EXIF rotation is applied, alpha is dropped.
+
+    reduce: decode a JPEG for which `image_size` gave a size at 1/2, 1/4 or 1/8 of it (rounded up); its pixels are
+    then libjpeg-turbo's means over blocks, not a sample of the full picture. Raises DecodeError.
+    """
+    if not is_jpeg(data):
+        return _decode_with_opencv(data)
+    try:
+        height, width, colorspace, _ = simplejpeg.decode_jpeg_header(data)
+    except ValueError as error:
+        return _decode_unusual_jpeg(data, error)
+    if height * width > MAX_PIXELS:
+        raise DecodeError(f"the JPEG claims {width} x {height} pixels, more than {MAX_PIXELS} in all")
+    try:
+        image = simplejpeg.decode_jpeg(
+            data,
+            colorspace="CMYK" if colorspace in _INKS else "RGB",
+            min_height=-(-height // reduce) if reduce > 1 else 0,
+            min_width=-(-width // reduce) if reduce > 1 else 0,
+        )
+    except ValueError as error:
+        raise DecodeError(f"the JPEG does not decode completely ({error})") from None
+    if _needs_opencv(data, colorspace):
+        # Complete, as was just seen; OpenCV converts inks to RGB and turns the picture upright.
+        return _decode_with_opencv(data)
+    return image
+
+
+def exif_orientation(data: bytes | memoryview) -> int:
+    """How a JPEG is to be turned to stand upright, 1 (not at all) to 8, by tag 0x0112 of the EXIF standard."""
+    data = bytes(data)
+    start = data.find(_EXIF_START) + len(_EXIF_START)
+    if start < len(_EXIF_START):
+        return 1
+    order = "<" if data[start : start + 2] == b"II" else ">"
+    try:
+        directory = start + struct.unpack_from(order + "I", data, start + 4)[0]
+        for entry in range(struct.unpack_from(order + "H", data, directory)[0]):
+            tag, _, _, value = struct.unpack_from(order + "HHIH", data, directory + 2 + 12 * entry)
+            if tag == _ORIENTATION_TAG:
+                return value if 1 <= value <= 8 else 1
+    except struct.error:
+        # Not EXIF after all, or cut off: no orientation is given.
+        pass
+    return 1
+
+
+def _needs_opencv(data: bytes | memoryview, colorspace: str) -> bool:
+    return colorspace in _INKS or exif_orientation(data) != 1
+
+
+def _decode_unusual_jpeg(data: bytes | memoryview, error: ValueError) -> np.ndarray:
+    """A JPEG whose header libjpeg-turbo's simple interface does not take, for example for its subsampling."""
+    if bytes(data[-64:]).rstrip(b"\0")[-2:] != _JPEG_END:
+        raise DecodeError(f"the JPEG does not decode completely ({error})")
+    return _decode_with_opencv(data)
+
+
+def _decode_with_opencv(data: bytes | memoryview) -> np.ndarray:
+    image = None
+    if len(data):
+        try:
+            image = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR)
+        except cv2.error as error:
+            raise DecodeError(f"OpenCV cannot decode it ({error.err or error})") from None
+    if image is None:
+        raise DecodeError("no complete image of a format that OpenCV reads" if len(data) else "it holds no image bytes")
+    return cv2.cvtColor(image, cv2.COLOR_BGR2RGB, dst=image)
