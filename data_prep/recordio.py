@@ -224,9 +224,8 @@ def read_index(path: str | os.PathLike, pack_bytes: int) -> tuple[np.ndarray, np
     bad = np.flatnonzero((offsets < 0) | (offsets > pack_bytes - _FRAME.size) | (offsets % 4 != 0))
     if len(bad):
         offset = offsets[bad[0]]
-        cause = (
-            "no multiple of 4" if offset % 4 else f"outside the pack ({pack_bytes} bytes; is it truncated?)"
-        )
+        outside = not 0 <= offset <= pack_bytes - _FRAME.size
+        cause = f"outside the pack ({pack_bytes} bytes; truncated?)" if outside else "no multiple of 4"
         raise RecordError(f"{path}, line {bad[0] + 1}: offset {offset} is {cause}")
     return keys, offsets
 
