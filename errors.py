@@ -18,6 +18,10 @@ class UsageError(ProjectError):
     exit_status = 2
 
 
+class OptionError(UsageError, ValueError):
+    """An option, or its value, that does not exist; also a ValueError, for callers that are not commands."""
+
+
 def run_command(main: Callable[[], int | None]) -> int:
     """Run a command's main function; a ProjectError becomes one line on stderr and its exit status.
 

@@ -1,0 +1,21 @@
+"""The networks as MXNet symbols: `get_symbol(network, **options)`."""
+
+from __future__ import annotations
+
+import importlib
+
+from architectures import network_options
+
+
+def get_symbol(network: str, **options: object):
+    """Declare a network.
+
+    network: "se_resnext", "se_resnet", "se_inception_v4" or "se_inception_resnet_v2". options: those that
+    `architectures.option_names(network)` lists (depth, num_group, num_classes, data_type, image_size, drop_out,
+    bn_mom, workspace, se_ratio, no_se); what they mean stands at the option classes in `architectures`.
+
+    Returns an `mx.sym.Symbol` with inputs `data` (N, 3, H, W), raw 0-255 float32, and `softmax_label` (N,), ending in
+    the SoftmaxOutput "softmax". Raises OptionError (a ValueError) for a network or option that does not exist.
+    """
+    resolved = network_options(network, **options)
+    return importlib.import_module(f"symbols.{network}").build(resolved)

@@ -1,0 +1,114 @@
+"""The operators of the declared graphs: the only file that calls `mx.sym` operators.
+
+Every node is named by its caller after its path and role. Data is float32 (N, C, H, W) unless a docstring says
+otherwise; `options` carries what is the same in the whole network (BatchNorm momentum, workspace).
+"""
+
+from __future__ import annotations
+
+from architectures import BATCH_NORM_EPS, NetworkOptions
+from engines.base import IGNORED_LABEL
+from mxnet_compat import mx
+
+Symbol = mx.sym.Symbol
+
+
+def variable(name: str) -> Symbol:
+    """An input or parameter of the graph."""
+    return mx.sym.Variable(name)
+
+
+def conv(
+    data: Symbol,
+    name: str,
+    filters: int,
+    options: NetworkOptions,
+    *,
+    kernel: tuple[int, int] = (1, 1),
+    stride: int = 1,
+    pad: tuple[int, int] = (0, 0),
+    groups: int = 1,
+    bias: bool = False,
+) -> Symbol:
+    """2-d convolution (cross-correlation); weight (filters, C / groups, kh, kw)."""
+    return mx.sym.Convolution(
+        data,
+        name=name,
+        num_filter=filters,
+        kernel=kernel,
+        stride=(stride, stride),
+        pad=pad,
+        num_group=groups,
+        no_bias=not bias,
+        workspace=options.workspace,
+    )
+
+
+def batch_norm(data: Symbol, name: str, options: NetworkOptions, *, fix_gamma: bool = False) -> Symbol:
+    """BatchNorm over the channels; MXNet's own default would fix gamma at 1."""
+    return mx.sym.BatchNorm(data, name=name, fix_gamma=fix_gamma, eps=BATCH_NORM_EPS, momentum=options.bn_mom)
+
+
+def relu(data: Symbol, name: str) -> Symbol:
+    return mx.sym.Activation(data, act_type="relu", name=name)
+
+
+def sigmoid(data: Symbol, name: str) -> Symbol:
+    return mx.sym.Activation(data, act_type="sigmoid", name=name)
+
+
+def max_pool(data: Symbol, name: str, *, pad: int = 0) -> Symbol:
+    """Maximum over 3 x 3 windows at stride 2."""
+    return mx.sym.Pooling(data, kernel=(3, 3), stride=(2, 2), pad=(pad, pad), pool_type="max", name=name)
+
+
+def avg_pool(data: Symbol, name: str) -> Symbol:
+    """Average over 3 x 3 windows at stride 1, the padding counted as zeros."""
+    return mx.sym.Pooling(data, kernel=(3, 3), stride=(1, 1), pad=(1, 1), pool_type="avg", name=name)
+
+
+def global_average(data: Symbol, name: str) -> Symbol:
+    """Mean over the positions: (N, C, H, W) -> (N, C).
+
+    A `mean`, not a global Pooling: on CPU the Pooling's backward is a reference kernel, 20 to 200 times slower.
+    """
+    return mx.sym.mean(data, axis=(2, 3), name=name)
+
+
+def scale_channels(data: Symbol, scale: Symbol, name: str, channels: int) -> Symbol:
+    """Multiply every channel of `data` by its number in `scale`, (N, channels)."""
+    columns = mx.sym.Reshape(scale, shape=(-1, channels, 1, 1), name=f"{name}_reshape")
+    return mx.sym.broadcast_mul(data, columns, name=name)
+
+
+def dense(data: Symbol, name: str, units: int) -> Symbol:
+    """Fully connected layer with bias: (N, C) -> (N, units)."""
+    return mx.sym.FullyConnected(data, num_hidden=units, name=name)
+
+
+def dropout(data: Symbol, name: str, probability: float) -> Symbol:
+    """Zero elements with `probability` in training; no node at all for 0."""
+    return mx.sym.Dropout(data, p=probability, name=name) if probability > 0 else data
+
+
+def add(left: Symbol, right: Symbol, name: str) -> Symbol:
+    """Sum of two symbols of one shape; the arguments of `left` come first in the graph's order."""
+    return mx.sym.elemwise_add(left, right, name=name)
+
+
+def multiply(data: Symbol, factor: float, name: str) -> Symbol:
+    """Multiply by a constant."""
+    return mx.sym._internal._mul_scalar(data, scalar=factor, name=name)
+
+
+def concat(parts: list[Symbol], name: str) -> Symbol:
+    """Join along the channels."""
+    return mx.sym.Concat(*parts, dim=1, name=name)
+
+
+def softmax_output(data: Symbol, name: str) -> Symbol:
+    """Class probabilities (N, classes) whose gradient is that of the summed cross entropy with the labels (N,).
+
+    Rows labelled IGNORED_LABEL, the padding of a last batch, get no gradient.
+    """
+    return mx.sym.SoftmaxOutput(data, name=name, use_ignore=True, ignore_label=IGNORED_LABEL)
