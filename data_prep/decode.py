@@ -122,5 +122,7 @@ def _decode_with_opencv(data: bytes | memoryview) -> np.ndarray:
         except cv2.error as error:
             raise DecodeError(f"OpenCV cannot decode it ({error.err or error})") from None
     if image is None:
-        raise DecodeError("no complete image of a format that OpenCV reads" if len(data) else "it holds no image bytes")
+        raise DecodeError(
+            "no complete image of a format that OpenCV reads" if len(data) else "it holds no image bytes"
+        )
     return cv2.cvtColor(image, cv2.COLOR_BGR2RGB, dst=image)
