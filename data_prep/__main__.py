@@ -1,0 +1,35 @@
+"""`python -m data_prep COMMAND`: one module a command, imported only when its command is called."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+
+from errors import UsageError, run_command
+
+# Command -> (module whose main(argv) runs it, what it does).
+COMMANDS = {
+    "fashion-mnist": ("data_prep.fashion_mnist", "Fashion-MNIST, or its embedded subset, as packs"),
+}
+
+
+def usage() -> str:
+    """The help text: every command with one line."""
+    lines = [f"  {name:<14} {text}" for name, (_, text) in COMMANDS.items()]
+    return "\n".join(
+        ["usage: python -m data_prep COMMAND [OPTIONS]", "", "commands (each has --help):", *lines]
+    )
+
+
+def main() -> int:
+    arguments = sys.argv[1:]
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(usage())
+        return 0 if arguments else 2
+    if arguments[0] not in COMMANDS:
+        raise UsageError(f"no command {arguments[0]!r}; there are {', '.join(COMMANDS)}")
+    return importlib.import_module(COMMANDS[arguments[0]][0]).main(arguments[1:])
+
+
+if __name__ == "__main__":
+    sys.exit(run_command(main))
