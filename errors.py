@@ -5,6 +5,8 @@ from __future__ import annotations
 import sys
 from typing import Callable
 
+from install_hints import explain_import_error
+
 
 class ProjectError(Exception):
     """Something failed that the user can act on; the message is one line: the cause and the way out."""
@@ -23,7 +25,7 @@ class OptionError(UsageError, ValueError):
 
 
 def run_command(main: Callable[[], int | None]) -> int:
-    """Run a command's main function; a ProjectError becomes one line on stderr and its exit status.
+    """Run a command's main function; a ProjectError or a missing package becomes one line on stderr.
 
     Returns the exit status: what `main` returned (None counts as 0), 1 or 2 for errors, 130 after Ctrl-C.
     """
@@ -32,6 +34,12 @@ def run_command(main: Callable[[], int | None]) -> int:
     except ProjectError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_status
+    except ImportError as error:
+        hint = explain_import_error(error)
+        if hint is None:
+            raise
+        print(f"error: {hint}", file=sys.stderr)
+        return ProjectError.exit_status
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
