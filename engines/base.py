@@ -70,6 +70,10 @@ class Metrics:
         """Fraction of images whose label is among the five most likely classes (all of them when fewer)."""
         return self.top5_sum / self.count if self.count else float("nan")
 
+    def rates(self) -> dict[str, float]:
+        """Loss, top-1 and top-5 by name."""
+        return {"loss": self.loss, "top1": self.top1, "top5": self.top5}
+
 
 class NonFiniteLoss(ProjectError):
     """The loss of a batch became NaN or infinite; `offset` counts batches since the last read_metrics()."""

@@ -42,15 +42,16 @@ class RunLog:
 
     Args:
         log_dir: folder for both files; made when missing.
-        resume_update: number of updates in the checkpoint that the run continues from. Lines of later
-            updates and a torn last line are cut, and the header stays. None starts afresh: the files of an
-            earlier run in the same folder are kept as `run-1.jsonl`, `train-1.log` (the next free number).
+        resume: (updates, completed epochs) of the checkpoint that the run continues from. Lines of later
+            updates or epochs and a torn last line are cut, and the header stays. None starts afresh: the
+            files of an earlier run in the same folder are kept as `run-1.jsonl`, `train-1.log` (the next free
+            number).
 
     Raises:
         UsageError: the folder cannot be made or written to.
     """
 
-    def __init__(self, log_dir: str | Path, resume_update: int | None = None) -> None:
+    def __init__(self, log_dir: str | Path, resume: tuple[int, int] | None = None) -> None:
         self.folder = Path(log_dir)
         self.path = self.folder / RUN_FILE
         self.text_path = self.folder / TEXT_FILE
@@ -60,17 +61,17 @@ class RunLog:
         self._elapsed_before = 0.0
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            if resume_update is None:
+            if resume is None:
                 self._set_aside_old_files()
             else:
-                self._cut_after(resume_update)
+                self._cut_after(*resume)
             self.text_path.open("ab").close()
         except OSError as error:
             cause = error.strerror or error
             raise UsageError(f"cannot write logs in {self.folder}: {cause}; change --log-dir") from error
         self._started = time.monotonic()
-        if resume_update is not None:
-            self.message(f"resumed after update {resume_update}", echo=False)
+        if resume is not None:
+            self.message(f"resumed after update {resume[0]}", echo=False)
 
     @property
     def elapsed(self) -> float:
@@ -128,7 +129,7 @@ class RunLog:
     ) -> None:
         """Log an interval of training: `metrics` are of the batches since the last train line."""
         record = {"type": "train", "epoch": epoch, "batch": batch, "update": update, "images": images}
-        record.update(_rates(metrics))
+        record.update(metrics.rates())
         record.update(lr=lr, images_per_second=images_per_second, data_wait=data_wait, elapsed=self.elapsed)
         self._write_record(record)
         of_steps = f"/{self._steps_per_epoch}" if self._steps_per_epoch else ""
@@ -150,7 +151,7 @@ class RunLog:
     ) -> None:
         """Log the end of an epoch. lr: rate of its last update. seconds: the epoch, validation included."""
         record = {"type": "epoch", "epoch": epoch, "update": update, "images": images, "lr": lr}
-        record.update(train=_rates(train), validation=None if validation is None else _rates(validation))
+        record.update(train=train.rates(), validation=None if validation is None else validation.rates())
         record.update(
             images_per_second=images_per_second, data_wait=data_wait, seconds=seconds, elapsed=self.elapsed
         )
@@ -193,7 +194,7 @@ class RunLog:
             if old.exists():
                 old.rename(self.folder / f"{stem}-{number}{suffix}")
 
-    def _cut_after(self, update: int) -> None:
+    def _cut_after(self, update: int, epoch: int) -> None:
         if not self.path.exists():
             return
         content = self.path.read_bytes()
@@ -203,16 +204,13 @@ class RunLog:
                 if self._has_header:
                     continue
                 self._has_header = True
-            elif record.get("update", 0) > update:
+            elif record.get("update", 0) > update or (record["type"] == "epoch" and record["epoch"] > epoch):
+                # The second case: a checkpoint taken after an epoch's last batch, before its validation.
                 continue
             else:
                 self._elapsed_before = record.get("elapsed") or self._elapsed_before
             kept.append(line)
         _replace(self.path, b"".join(kept))
-
-
-def _rates(metrics: Metrics) -> dict[str, float]:
-    return {"loss": metrics.loss, "top1": metrics.top1, "top5": metrics.top5}
 
 
 def _plain(value: object) -> object:

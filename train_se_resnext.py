@@ -1,0 +1,43 @@
+#!/usr/bin/env python3
+"""Train a Squeeze-and-Excitation network from RecordIO files: options -> data -> network -> engine -> loop."""
+
+from __future__ import annotations
+
+import sys
+
+from errors import run_command
+from training.options import parse_args
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command; returns its exit status (128 + signal when a signal ended the training)."""
+    args = parse_args(argv)
+    # numpy, OpenCV and the frameworks are imported once the flags are known to be right: --help answers at once.
+    from networks import declare, make_engine, prepare_process
+    from training.checkpoint import PrefixLock
+    from training.data import open_data
+    from training.loader import report_io
+    from training.loop import Trainer
+    from training.session import make_saver, open_log
+    from training.start import choose_start
+
+    with open_data(args) as data:
+        if args.test_io:
+            return report_io(data.train)
+        prepare_process(args)
+        network = declare(args, data.classes)
+        with PrefixLock(args.model_prefix):
+            start = choose_start(args, network.shapes, data.train.steps_per_epoch)
+            engine = make_engine(args, network)
+            engine.set_state(start.state)
+            log = open_log(args, network, data, start)
+            saver = make_saver(args, network, data, start)
+            trainer = Trainer(engine, start.schedule, data, log, saver, args)
+            try:
+                return trainer.run(start.position)
+            finally:
+                engine.close()
+
+
+if __name__ == "__main__":
+    sys.exit(run_command(main))

@@ -1,0 +1,51 @@
+"""What a run saves and when old checkpoints go: the policy on top of training.checkpoint."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+
+from engines.base import TrainState
+from training.checkpoint import checkpoint_stem, prune, save_best, save_checkpoint
+from training.position import Position
+from training.schedule import Schedule
+
+
+class Saver:
+    """Writes the checkpoints of one run under `prefix`; CheckpointError when one cannot be written.
+
+    manifest: what every checkpoint says of the run (arguments, network, versions, seeds...). keep: checkpoints kept
+    beside the best one, 0 for all. continued_from: the checkpoint that the run goes on from, never deleted.
+    """
+
+    def __init__(
+        self,
+        prefix: str,
+        symbol_json: str,
+        manifest: dict,
+        schedule: Schedule,
+        *,
+        keep: int = 0,
+        continued_from: Path | None = None,
+    ):
+        self.prefix = prefix
+        self.symbol_json = symbol_json
+        self.manifest = {**manifest, "schedule": asdict(schedule)}
+        self.keep = keep or None
+        self.protect = [continued_from] if continued_from else []
+
+    def save(
+        self, position: Position, state: TrainState, metrics: dict | None = None, best: bool = False
+    ) -> None:
+        """Save at `position`, at the end of an epoch or inside it; also as `<prefix>-best` when it is the best."""
+        path = save_checkpoint(
+            self.prefix, position.epoch, state, batch=position.batch, symbol_json=self.symbol_json,
+            manifest={**self.manifest, "position": position.as_dict(), "metrics": metrics},
+        )  # fmt: skip
+        if best:
+            save_best(path)
+        prune(
+            self.prefix,
+            self.keep,
+            [*self.protect, checkpoint_stem(self.prefix, position.epoch, position.batch)],
+        )

@@ -1,0 +1,69 @@
+"""What a run says of itself: the header of its log and the manifest of its checkpoints."""
+
+from __future__ import annotations
+
+import argparse
+import platform
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+from training.data import Data
+from training.run_log import RunLog
+from training.saving import Saver
+from training.start import Start
+
+RECORDED_PACKAGES = ("mxnet", "mxnet-cu112", "torch", "numpy", "opencv-python", "simplejpeg")
+
+
+def versions() -> dict[str, str]:
+    """Versions of Python and of the installed packages that decide a run's numbers."""
+    found = {"python": platform.python_version()}
+    for package in RECORDED_PACKAGES:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def arguments(args: argparse.Namespace) -> dict:
+    """The flags in JSON's types."""
+    return {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()}
+
+
+def open_log(args: argparse.Namespace, network, data: Data, start: Start) -> RunLog:
+    """The run's log with its header; a continued run goes on in the file that is there. Prints how it starts."""
+    done = start.position
+    resume = (
+        (done.epoch * data.train.steps_per_epoch + done.batch, done.epoch) if start.continued_from else None
+    )
+    log = RunLog(args.log_dir, resume)
+    log.header(
+        arguments=arguments(args), versions=versions(), network=network.name, engine=args.engine,
+        parameters=network.parameters, multiply_adds=network.multiply_adds, classes=network.classes,
+        train_images=data.train_images, val_images=data.val_images, steps_per_epoch=data.train.steps_per_epoch,
+    )  # fmt: skip
+    log.message(
+        f"{network.name}: {network.parameters:,} parameters, {network.multiply_adds / 1e9:.3g} G multiply-adds, "
+        f"{network.classes} classes, {data.train_images:,} training images"
+    )
+    for text in start.messages:
+        log.message(text)
+    return log
+
+
+def make_saver(args: argparse.Namespace, network, data: Data, start: Start) -> Saver:
+    """Saves this run's checkpoints under --model-prefix."""
+    manifest = {
+        "network": network.name, "classes": network.classes, "image_shape": list(network.image_shape),
+        "engine": args.engine, "optimizer": args.optimizer, "seed": args.seed,
+        "steps_per_epoch": data.train.steps_per_epoch, "arguments": arguments(args), "versions": versions(),
+    }  # fmt: skip
+    return Saver(
+        args.model_prefix,
+        network.json,
+        manifest,
+        start.schedule,
+        keep=args.keep,
+        continued_from=start.continued_from,
+    )

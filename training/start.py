@@ -1,0 +1,154 @@
+"""Where a run starts: from scratch, from other weights, or from a checkpoint of its own."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from engines.base import TrainState
+from errors import UsageError
+from training.checkpoint import Checkpoint, check_params, find_latest, load_checkpoint
+from training.initializer import initial_params
+from training.options import DEFAULT_LR
+from training.position import Position
+from training.schedule import Schedule, make_schedule
+
+Shape = tuple
+# What a checkpoint holds of an optimizer, by the flag's value; sgd and nag keep the same array.
+SLOTS = {"sgd": {"momentum"}, "nag": {"momentum"}, "adam": {"mean", "variance"}}
+
+
+@dataclass
+class Start:
+    """A run's first state and position; a continued run knows its checkpoint. messages: what the user is told."""
+
+    state: TrainState
+    position: Position
+    schedule: Schedule
+    continued_from: Path | None = None
+    messages: list[str] = field(default_factory=list)
+
+
+def choose_start(args: argparse.Namespace, shapes: Mapping[str, Shape], steps_per_epoch: int) -> Start:
+    """Follow --resume, --retrain and --model-load-epoch; UsageError when that checkpoint cannot be used.
+
+    shapes: "arg:NAME" and "aux:NAME" -> shape of everything the network needs, in its order.
+    """
+    if args.resume:
+        checkpoint, passed_over = find_latest(args.model_prefix)
+        messages = [f"passed over {path}: {reason}" for path, reason in passed_over]
+        if checkpoint is not None:
+            return _continue(args, checkpoint, shapes, steps_per_epoch, messages)
+        messages.append(f"no checkpoint under {args.model_prefix} to resume from: starting from scratch")
+        return _from_scratch(args, shapes, steps_per_epoch, messages)
+    if args.model_load_epoch:
+        checkpoint = load_checkpoint(args.model_load_prefix, args.model_load_epoch)
+        follow = _continue if args.retrain else _finetune
+        return follow(args, checkpoint, shapes, steps_per_epoch, [])
+    if not args.overwrite:
+        _refuse_used_prefix(args.model_prefix)
+    return _from_scratch(args, shapes, steps_per_epoch, [])
+
+
+def _from_scratch(args, shapes: Mapping[str, Shape], steps_per_epoch: int, messages: list[str]) -> Start:
+    groups = {"arg": {}, "aux": {}}
+    for key, shape in shapes.items():
+        kind, name = key.split(":", 1)
+        groups[kind][name] = shape
+    state = initial_params(groups["arg"], groups["aux"], args.seed)
+    return Start(
+        state, Position(), _schedule(args, steps_per_epoch, args.lr or DEFAULT_LR), messages=messages
+    )
+
+
+def _continue(args, checkpoint: Checkpoint, shapes, steps_per_epoch: int, messages: list[str]) -> Start:
+    """Everything goes on as if the run had never stopped, as far as the checkpoint holds it."""
+    check_params(shapes, checkpoint.state.params, checkpoint.path)
+    manifest = checkpoint.manifest
+    position = Position(epoch=checkpoint.epoch)
+    if manifest is None:
+        messages.append(
+            f"{checkpoint.path.stem} has no manifest (another program wrote it): parameters are loaded, "
+            "the optimizer starts with fresh state"
+        )
+    else:
+        position = Position.from_dict(manifest["position"])
+        if position.batch and manifest["steps_per_epoch"] != steps_per_epoch:
+            raise UsageError(
+                f"{checkpoint.path.stem} was saved inside an epoch of {manifest['steps_per_epoch']} batches, now an epoch has "
+                f"{steps_per_epoch}: continue with the same --batch-size and data, or from the end of an epoch "
+                f"(--model-load-epoch {position.epoch} --retrain)"
+            )
+    if position.epoch >= args.epochs:
+        raise UsageError(
+            f"{checkpoint.path.stem} has completed {position.epoch} epochs and --epochs is {args.epochs}; raise --epochs"
+        )
+    state = TrainState(checkpoint.state.params, dict(checkpoint.state.optimizer), checkpoint.state.updates)
+    if manifest is None:
+        state.updates = position.epoch * steps_per_epoch
+    slots = {key.split(":", 1)[0] for key in state.optimizer}
+    if slots and slots != SLOTS[args.optimizer]:
+        messages.append(
+            f"{checkpoint.path.stem} holds the state of another optimizer; {args.optimizer} starts with fresh state"
+        )
+        state.optimizer = {}
+    update = position.epoch * steps_per_epoch + position.batch
+    schedule = _continued_schedule(args, steps_per_epoch, manifest, update)
+    messages.append(f"continuing from {checkpoint.path.stem}: epoch {position.epoch + 1}, batch {position.batch + 1}, "
+                    f"rate {schedule.lr_at(update):g}")  # fmt: skip
+    return Start(state, position, schedule, continued_from=checkpoint.path, messages=messages)
+
+
+def _finetune(args, checkpoint: Checkpoint, shapes, steps_per_epoch: int, messages: list[str]) -> Start:
+    """A fresh schedule on loaded weights; a classifier with another number of classes starts anew."""
+    if not args.overwrite:
+        _refuse_used_prefix(args.model_prefix)
+    start = _from_scratch(args, shapes, steps_per_epoch, messages)
+    loaded = dict(checkpoint.state.params)
+    for name in _classifier_of_other_size(shapes, loaded):
+        messages.append(f"{name} is initialised anew: {checkpoint.path.stem} has {len(loaded[name])} classes, "
+                        f"the data have {shapes[name][0]}")  # fmt: skip
+        loaded[name] = start.state.params[name]
+    check_params(shapes, loaded, checkpoint.path)
+    start.state.params = {name: loaded[name] for name in shapes}
+    messages.append(f"starting from the weights of {checkpoint.path.stem} with a fresh schedule; checkpoints go to "
+                    f"{args.model_prefix}")  # fmt: skip
+    return start
+
+
+def _classifier_of_other_size(shapes: Mapping[str, Shape], params: Mapping) -> list[str]:
+    """The last layer's parameters where they differ from the network's in the number of classes alone."""
+    last = [name for name in shapes if name.startswith("arg:")][-2:]
+    return [
+        name
+        for name in last
+        if name in params
+        and params[name].shape != tuple(shapes[name])
+        and params[name].shape[1:] == tuple(shapes[name][1:])
+    ]
+
+
+def _schedule(args, steps_per_epoch: int, base_lr: float, begin: int = 0) -> Schedule:
+    return make_schedule(base_lr, args.lr_steps, steps_per_epoch, args.lr_factor, begin)
+
+
+def _continued_schedule(args, steps_per_epoch: int, manifest: dict | None, update: int) -> Schedule:
+    """The saved run's schedule as if it had never stopped, or an explicit --lr from `update` on."""
+    if args.lr is not None:
+        return _schedule(args, steps_per_epoch, args.lr, update)
+    if manifest is None:
+        return _schedule(args, steps_per_epoch, DEFAULT_LR)
+    return _schedule(args, steps_per_epoch, manifest["schedule"]["base_lr"], manifest["schedule"]["begin"])
+
+
+def _refuse_used_prefix(prefix: str) -> None:
+    """A fresh run must not overwrite the checkpoints of another one."""
+    path = Path(prefix)
+    found = sorted(path.parent.glob(f"{path.name}-[0-9][0-9][0-9][0-9].params"))
+    if found:
+        raise UsageError(
+            f"{found[-1]} is there already: continue that run with --resume, choose another --model-prefix, "
+            "or replace it with --overwrite"
+        )
