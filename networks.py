@@ -6,7 +6,6 @@ import argparse
 import os
 from dataclasses import dataclass
 
-from errors import UsageError
 from training.options import network_flags
 
 
@@ -48,9 +47,7 @@ def declare(args: argparse.Namespace, classes: int) -> Network:
     shapes = {f"arg:{n}": s for n, s in zip(symbol.list_arguments(), arg_shapes) if n not in inputs}
     shapes.update({f"aux:{n}": s for n, s in zip(symbol.list_auxiliary_states(), aux_shapes)})
     parameters, multiply_adds = count(symbol, inputs["data"])
-    return Network(
-        args.network, symbol, symbol.tojson(), shapes, parameters, multiply_adds, classes, image_shape
-    )
+    return Network(args.network, symbol, symbol.tojson(), shapes, parameters, multiply_adds, classes, image_shape)
 
 
 def make_engine(args: argparse.Namespace, network: Network):

@@ -85,11 +85,7 @@ class SymbolEngine:
             # average, as a run does that is continued from these files (Module.fit does the same after an epoch).
             self._module.set_params(arg_params, aux_params)
         symbol = self._module.symbol
-        params = {
-            f"arg:{name}": arg_params[name].asnumpy()
-            for name in symbol.list_arguments()
-            if name in arg_params
-        }
+        params = {f"arg:{name}": arg_params[name].asnumpy() for name in symbol.list_arguments() if name in arg_params}
         params.update({f"aux:{name}": aux_params[name].asnumpy() for name in symbol.list_auxiliary_states()})
         return TrainState(params, self._read_optimizer(), self._updates)
 

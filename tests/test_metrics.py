@@ -31,15 +31,9 @@ def test_probability_that_underflowed_costs_a_finite_loss():
 
 def test_sums_do_not_depend_on_where_they_were_read():
     rng = np.random.default_rng(0)
-    rows = np.stack([rng.uniform(1, 500, 60), rng.integers(0, 9, 60), rng.integers(0, 9, 60)], 1).astype(
-        np.float32
-    )
+    rows = np.stack([rng.uniform(1, 500, 60), rng.integers(0, 9, 60), rng.integers(0, 9, 60)], 1).astype(np.float32)
     whole = sum_batches(rows, [64] * 60)
-    parts = (
-        sum_batches(rows[:17], [64] * 17)
-        + sum_batches(rows[17:41], [64] * 24)
-        + sum_batches(rows[41:], [64] * 19)
-    )
+    parts = sum_batches(rows[:17], [64] * 17) + sum_batches(rows[17:41], [64] * 24) + sum_batches(rows[41:], [64] * 19)
     assert whole == parts
 
 

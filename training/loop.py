@@ -124,9 +124,7 @@ class Trainer:
         )  # fmt: skip
         self.log.message(_epoch_summary(position, train, validation, is_best))
         if self.train_loader.skipped:
-            self.log.message(
-                f"{self.train_loader.skipped} training images did not decode and were skipped so far"
-            )
+            self.log.message(f"{self.train_loader.skipped} training images did not decode and were skipped so far")
         metrics = {"train": train.rates(), "validation": validation.rates() if validation else None}
         self._guard(lambda: self.saver.save(position, self.engine.get_state(), metrics, best=is_best))
 
@@ -149,11 +147,7 @@ class Trainer:
                     progress.update(position.batch)
                 if stop.signal:
                     break
-                if (
-                    self.save_every
-                    and position.batch < steps
-                    and self._updates(position) % self.save_every == 0
-                ):
+                if self.save_every and position.batch < steps and self._updates(position) % self.save_every == 0:
                     self._save_running(position)
         batches.close()
 
@@ -201,9 +195,7 @@ class Trainer:
         try:
             save()
         except CheckpointError as error:
-            self.log.message(
-                f"warning: {error}; the training goes on, the last whole checkpoint is untouched"
-            )
+            self.log.message(f"warning: {error}; the training goes on, the last whole checkpoint is untouched")
 
 
 def _epoch_summary(position: Position, train: Metrics, validation: Metrics | None, is_best: bool) -> str:

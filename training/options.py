@@ -97,9 +97,7 @@ RATE = number(float, 0, open_low=True)
 
 def add_network_args(parser: argparse.ArgumentParser, preset: Preset) -> None:
     group = parser.add_argument_group("network")
-    group.add_argument(
-        "--network", default="se_resnext", metavar="NAME", help=f"one of {', '.join(NETWORKS)}"
-    )
+    group.add_argument("--network", default="se_resnext", metavar="NAME", help=f"one of {', '.join(NETWORKS)}")
     group.add_argument(
         "--depth", type=COUNT, default=preset.depth,
         help="layers of SE-ResNeXt and SE-ResNet: 18, 34, 50, 101, 152, 200 or 269 for imagenet; for small images "
@@ -108,9 +106,7 @@ def add_network_args(parser: argparse.ArgumentParser, preset: Preset) -> None:
     group.add_argument(
         "--num-group", type=COUNT, default=DEFAULT_GROUPS, help="groups of SE-ResNeXt's 3x3 convolutions"
     )
-    group.add_argument(
-        "--no-se", action="store_true", help="the plain twin: the same network without SE blocks"
-    )
+    group.add_argument("--no-se", action="store_true", help="the plain twin: the same network without SE blocks")
     group.add_argument(
         "--num-classes", type=COUNT, default=None, help="classes (default: what the training file holds)"
     )
@@ -118,9 +114,7 @@ def add_network_args(parser: argparse.ArgumentParser, preset: Preset) -> None:
         "--drop-out", type=number(float, 0, 0.99), default=None,
         help="dropout before the classifier (default: 0, and 0.2 for the Inception networks, as in the original)",
     )  # fmt: skip
-    group.add_argument(
-        "--bn-mom", type=FRACTION, default=0.9, help="momentum of BatchNorm's moving statistics"
-    )
+    group.add_argument("--bn-mom", type=FRACTION, default=0.9, help="momentum of BatchNorm's moving statistics")
     group.add_argument(
         "--workspace", type=COUNT, default=512, help="MB that a convolution may use as workspace on a GPU"
     )
@@ -138,9 +132,7 @@ def add_data_args(parser: argparse.ArgumentParser, preset: Preset) -> None:
         default="imagenet",
         help="preset of the flags that depend on the data",
     )
-    group.add_argument(
-        "--data-dir", type=Path, default=Path(preset.data_dir), help="folder of the .rec files"
-    )
+    group.add_argument("--data-dir", type=Path, default=Path(preset.data_dir), help="folder of the .rec files")
     group.add_argument(
         "--train-rec", type=Path, default=None,
         help=f"training file (default: the first of {', '.join(preset.train_names)} in --data-dir)",
@@ -156,19 +148,11 @@ def add_data_args(parser: argparse.ArgumentParser, preset: Preset) -> None:
         default=None,
         help="training images, checked against what the file holds",
     )
-    group.add_argument(
-        "--image-size", type=COUNT, default=preset.image_size, help="height and width in pixels"
-    )
-    group.add_argument(
-        "--batch-size", type=COUNT, default=preset.batch_size, help="images an update, all devices"
-    )
-    group.add_argument(
-        "--data-threads", type=COUNT, default=None, help="decoding threads (default: all processors)"
-    )
+    group.add_argument("--image-size", type=COUNT, default=preset.image_size, help="height and width in pixels")
+    group.add_argument("--batch-size", type=COUNT, default=preset.batch_size, help="images an update, all devices")
+    group.add_argument("--data-threads", type=COUNT, default=None, help="decoding threads (default: all processors)")
     group.add_argument("--skip-bad", action="store_true", help="count and skip images that do not decode")
-    group.add_argument(
-        "--test-io", action="store_true", help="measure the loader alone, print images/s and stop"
-    )
+    group.add_argument("--test-io", action="store_true", help="measure the loader alone, print images/s and stop")
 
 
 def add_training_args(parser: argparse.ArgumentParser, preset: Preset) -> None:
@@ -186,15 +170,11 @@ def add_training_args(parser: argparse.ArgumentParser, preset: Preset) -> None:
         metavar="EPOCH,...",
         help="epochs where the rate falls",
     )
-    group.add_argument(
-        "--lr-factor", type=FRACTION, default=0.1, help="what the rate is multiplied by at a step"
-    )
+    group.add_argument("--lr-factor", type=FRACTION, default=0.1, help="what the rate is multiplied by at a step")
     group.add_argument("--optimizer", choices=OPTIMIZERS, default="nag", help="the update rule")
     group.add_argument("--mom", type=number(float, 0, 0.9999), default=0.9, help="momentum of nag and sgd")
     group.add_argument("--wd", type=number(float, 0), default=1e-4, help="weight decay of weights and gammas")
-    group.add_argument(
-        "--seed", type=NATURAL, default=0, help="decides initial weights, order and augmentation"
-    )
+    group.add_argument("--seed", type=NATURAL, default=0, help="decides initial weights, order and augmentation")
 
 
 def add_checkpoint_args(parser: argparse.ArgumentParser) -> None:
@@ -202,22 +182,16 @@ def add_checkpoint_args(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--model-prefix", default=None, help="where checkpoints go (default: model/NETWORK-DATA_TYPE-DEPTH-0)"
     )
-    group.add_argument(
-        "--resume", action="store_true", help="continue from the newest whole checkpoint, if any"
-    )
+    group.add_argument("--resume", action="store_true", help="continue from the newest whole checkpoint, if any")
     group.add_argument(
         "--model-load-epoch", type=NATURAL, default=0, metavar="N",
         help="load epoch N; with --retrain continue from there, without start a fresh schedule (finetune)",
     )  # fmt: skip
-    group.add_argument(
-        "--retrain", action="store_true", help="continue from --model-load-epoch with optimizer state"
-    )
+    group.add_argument("--retrain", action="store_true", help="continue from --model-load-epoch with optimizer state")
     group.add_argument(
         "--model-load-prefix", default=None, help="prefix of the checkpoint to load (default: --model-prefix)"
     )
-    group.add_argument(
-        "--overwrite", action="store_true", help="start afresh where checkpoints of another run lie"
-    )
+    group.add_argument("--overwrite", action="store_true", help="start afresh where checkpoints of another run lie")
     group.add_argument(
         "--save-every",
         type=NATURAL,
@@ -237,13 +211,9 @@ def add_checkpoint_args(parser: argparse.ArgumentParser) -> None:
 def add_device_args(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("devices")
     group.add_argument("--engine", choices=ENGINES, default="symbol", help="who executes the graph")
-    group.add_argument(
-        "--gpus", type=device_list, default=None, metavar="0,1,...", help="GPUs (default: the CPU)"
-    )
+    group.add_argument("--gpus", type=device_list, default=None, metavar="0,1,...", help="GPUs (default: the CPU)")
     group.add_argument("--cpus", type=COUNT, default=None, metavar="N", help="N CPU contexts")
-    group.add_argument(
-        "--kv-store", choices=KV_STORES, default="device", help="how gradients of devices are summed"
-    )
+    group.add_argument("--kv-store", choices=KV_STORES, default="device", help="how gradients of devices are summed")
 
 
 def add_log_args(parser: argparse.ArgumentParser) -> None:
@@ -251,9 +221,7 @@ def add_log_args(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--log-dir", type=Path, default=None, help="folder of run.jsonl and train.log (default: log/RUN)"
     )
-    group.add_argument(
-        "--frequent", type=COUNT, default=50, metavar="BATCHES", help="batches between two log lines"
-    )
+    group.add_argument("--frequent", type=COUNT, default=50, metavar="BATCHES", help="batches between two log lines")
 
 
 def build_parser(data_type: str = "imagenet") -> argparse.ArgumentParser:
@@ -294,13 +262,9 @@ def check_args(args: argparse.Namespace, preset: Preset) -> None:
     if args.gpus is not None and args.cpus is not None:
         raise UsageError("--gpus and --cpus exclude each other; leave one out")
     if args.retrain and not args.model_load_epoch:
-        raise UsageError(
-            "--retrain needs --model-load-epoch N; to continue from the newest checkpoint use --resume"
-        )
+        raise UsageError("--retrain needs --model-load-epoch N; to continue from the newest checkpoint use --resume")
     if args.resume and args.model_load_epoch:
-        raise UsageError(
-            "--resume finds the newest checkpoint itself; leave out --model-load-epoch, or use --retrain"
-        )
+        raise UsageError("--resume finds the newest checkpoint itself; leave out --model-load-epoch, or use --retrain")
     has = option_names(args.network)
     for flag, name in (("--depth", "depth"), ("--num-group", "num_group")):
         default = preset.depth if name == "depth" else DEFAULT_GROUPS
@@ -344,11 +308,7 @@ def network_flags(args: argparse.Namespace, classes: int) -> dict:
         "image_size": args.image_size, "drop_out": args.drop_out, "bn_mom": args.bn_mom,
         "workspace": args.workspace, "no_se": args.no_se,
     }  # fmt: skip
-    return {
-        name: value
-        for name, value in given.items()
-        if name in option_names(args.network) and value is not None
-    }
+    return {name: value for name, value in given.items() if name in option_names(args.network) and value is not None}
 
 
 def run_name(args: argparse.Namespace) -> str:

@@ -34,9 +34,7 @@ class Saver:
         self.keep = keep or None
         self.protect = [continued_from] if continued_from else []
 
-    def save(
-        self, position: Position, state: TrainState, metrics: dict | None = None, best: bool = False
-    ) -> None:
+    def save(self, position: Position, state: TrainState, metrics: dict | None = None, best: bool = False) -> None:
         """Save at `position`, at the end of an epoch or inside it; also as `<prefix>-best` when it is the best."""
         path = save_checkpoint(
             self.prefix, position.epoch, state, batch=position.batch, symbol_json=self.symbol_json,

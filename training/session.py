@@ -34,9 +34,7 @@ def arguments(args: argparse.Namespace) -> dict:
 def open_log(args: argparse.Namespace, network, data: Data, start: Start) -> RunLog:
     """The run's log with its header; a continued run goes on in the file that is there. Prints how it starts."""
     done = start.position
-    resume = (
-        (done.epoch * data.train.steps_per_epoch + done.batch, done.epoch) if start.continued_from else None
-    )
+    resume = (done.epoch * data.train.steps_per_epoch + done.batch, done.epoch) if start.continued_from else None
     log = RunLog(args.log_dir, resume)
     log.header(
         arguments=arguments(args), versions=versions(), network=network.name, engine=args.engine,

@@ -58,9 +58,7 @@ def _from_scratch(args, shapes: Mapping[str, Shape], steps_per_epoch: int, messa
         kind, name = key.split(":", 1)
         groups[kind][name] = shape
     state = initial_params(groups["arg"], groups["aux"], args.seed)
-    return Start(
-        state, Position(), _schedule(args, steps_per_epoch, args.lr or DEFAULT_LR), messages=messages
-    )
+    return Start(state, Position(), _schedule(args, steps_per_epoch, args.lr or DEFAULT_LR), messages=messages)
 
 
 def _continue(args, checkpoint: Checkpoint, shapes, steps_per_epoch: int, messages: list[str]) -> Start:
