@@ -84,6 +84,7 @@ def test_python_without_distutils_uses_the_one_of_setuptools(tmp_path):
     process = import_compat(
         before=refuse_standard_distutils(),
         then="import distutils; print(distutils.__file__)",
+        SETUPTOOLS_USE_DISTUTILS="local",  # the default, except in the setuptools of Python 3.9's venv
         **packages_without(tmp_path, "distutils-precedence"),
     )
     assert process.returncode == 0, process.stderr
