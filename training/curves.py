@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from atomic_file import write_bytes
 from errors import ProjectError, UsageError
 from training.progress import say
 from training.run_log import Run, read_run
@@ -130,9 +131,7 @@ def read_runs(paths: Iterable[str | Path]) -> tuple[list[Run], list[str]]:
         else:
             runs.setdefault(run.path.resolve(), run)
     if not runs:
-        raise UsageError(
-            "nothing to draw: no training log among the files given; name run.jsonl files or MXNet logs"
-        )
+        raise UsageError("nothing to draw: no training log among the files given; name run.jsonl files or MXNet logs")
     _name_apart(list(runs.values()))
     return list(runs.values()), complaints
 
@@ -160,9 +159,7 @@ def rate_steps(run: Run) -> list[tuple[int, float]]:
     changes = [
         index
         for index in range(1, len(rates))
-        if rates[index] != rates[index - 1]
-        and not math.isnan(rates[index])
-        and not math.isnan(rates[index - 1])
+        if rates[index] != rates[index - 1] and not math.isnan(rates[index]) and not math.isnan(rates[index - 1])
     ]
     changed = set(changes)
     steps = []
@@ -186,9 +183,8 @@ def draw_curves(groups: Sequence[Group], axis: str = "epochs", title: str | None
         ProjectError: nothing is left to draw over this axis.
     """
     x_axis = X_AXES[axis]
-    drawn = [
-        (place, group) for place, group in enumerate(groups) if np.isfinite(group.table(x_axis.key)).any()
-    ]
+    missing = without_axis(groups, axis)
+    drawn = [(place, group) for place, group in enumerate(groups) if group.label not in missing]
     panels = [panel for panel in PANELS if any(_has(group, panel) for _, group in drawn)]
     if not panels:
         raise ProjectError(f"nothing to draw {x_axis.title}: the logs do not hold the figures for it")
@@ -206,6 +202,12 @@ def draw_curves(groups: Sequence[Group], axis: str = "epochs", title: str | None
     return figure
 
 
+def without_axis(groups: Sequence[Group], axis: str) -> list[str]:
+    """Labels of the groups whose logs do not tell where they stand on this axis."""
+    key = X_AXES[axis].key
+    return [group.label for group in groups if not np.isfinite(_mean(group.table(key))).any()]
+
+
 def save_picture(figure: Figure, path: str | Path) -> None:
     """Write a picture; its suffix (.png or .svg) chooses the format.
 
@@ -219,7 +221,7 @@ def save_picture(figure: Figure, path: str | Path) -> None:
 def write_output(path: Path, content: bytes) -> None:
     """Write a result file; a place that cannot be written is a UsageError."""
     try:
-        path.write_bytes(content)
+        write_bytes(path, content)
     except OSError as error:
         raise UsageError(f"cannot write {path}: {error.strerror or error}") from error
 
@@ -295,9 +297,7 @@ def _draw_group(axes: Axes, panel: Panel, group: Group, x_axis: XAxis, unit: flo
             zorder=2 if is_train else 3,
         )
         if len(group.runs) > 1:
-            axes.fill_between(
-                x, values.min(axis=0), values.max(axis=0), color=colour, alpha=0.15, linewidth=0
-            )
+            axes.fill_between(x, values.min(axis=0), values.max(axis=0), color=colour, alpha=0.15, linewidth=0)
     _mark_best(axes, panel, group, x, colour)
 
 
@@ -332,7 +332,7 @@ def best_of(group: Group) -> tuple[int, str, float] | None:
 
 
 def _draw_steps(axes: Axes, groups: list[Group], places: list[int], x_axis: XAxis, unit: float) -> None:
-    """Mark the rate steps, in the line's colour where a line steps alone; a rate is written where it has room."""
+    """Mark the rate steps, in a line's colour where it steps alone; rates are written where there is room."""
     steps: dict[float, list[tuple[int, float]]] = {}
     for place, group in zip(places, groups):
         x = dict(zip(group.common_epochs(), _mean(group.table(x_axis.key)) / unit))

@@ -96,7 +96,8 @@ class _LogReader:
         batch = _BATCH.match(text)
         if max(self.epochs, default=0) > number:
             self._forget_from(number + 1)
-        if batch and number in self.epochs and int(batch[2]) < self.epochs[number].last_batch:
+        known = self.epochs.get(number)
+        if batch and known and (known.finished or int(batch[2]) < known.last_batch):
             self._forget_from(number)
         epoch = self.epochs.setdefault(number, _Epoch())
         epoch.lr = self.lr
@@ -104,13 +105,14 @@ class _LogReader:
             first = None if batch[1] is None else int(batch[1])
             self._take_batch_line(number, first, int(batch[2]), text[batch.end() :])
             return
-        epoch.finished = True
         cost = _TIME_COST.search(text)
         if cost:
             epoch.seconds = float(cost[1])
+            epoch.finished = True
         for part, name, value in _METRIC.findall(text):
             if part and name in _METRIC_NAMES:
                 getattr(epoch, part.lower())[_METRIC_NAMES[name]] = float(value)
+                epoch.finished = True
 
     def _take_batch_line(self, number: int, first: int | None, last: int, text: str) -> None:
         epoch = self.epochs[number]

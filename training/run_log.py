@@ -26,6 +26,7 @@ from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
 
+from atomic_file import write_bytes
 from engines.base import Metrics
 from errors import ProjectError, UsageError
 from training.mxnet_log import read_text_log
@@ -152,9 +153,7 @@ class RunLog:
         """Log the end of an epoch. lr: rate of its last update. seconds: the epoch, validation included."""
         record = {"type": "epoch", "epoch": epoch, "update": update, "images": images, "lr": lr}
         record.update(train=train.rates(), validation=None if validation is None else validation.rates())
-        record.update(
-            images_per_second=images_per_second, data_wait=data_wait, seconds=seconds, elapsed=self.elapsed
-        )
+        record.update(images_per_second=images_per_second, data_wait=data_wait, seconds=seconds, elapsed=self.elapsed)
         self._write_record(record)
         figures = describe(train, lr, images_per_second, data_wait)
         self.message(f"epoch {epoch} done in {seconds:.1f} s: train {figures}", echo=False)
@@ -179,9 +178,7 @@ class RunLog:
             if not self._warned:
                 self._warned = True
                 cause = error.strerror or error
-                say(
-                    f"warning: cannot write {path} ({cause}); the training goes on, lines of its log are lost"
-                )
+                say(f"warning: cannot write {path} ({cause}); the training goes on, lines of its log are lost")
 
     def _set_aside_old_files(self) -> None:
         if not self.path.exists():
@@ -210,7 +207,7 @@ class RunLog:
             else:
                 self._elapsed_before = record.get("elapsed") or self._elapsed_before
             kept.append(line)
-        _replace(self.path, b"".join(kept))
+        write_bytes(self.path, b"".join(kept))
 
 
 def _plain(value: object) -> object:
@@ -241,20 +238,6 @@ def _append_whole(path: Path, line: bytes) -> None:
             raise
     finally:
         os.close(handle)
-
-
-def _replace(path: Path, content: bytes) -> None:
-    """Put `content` in the place of the file at once: whoever reads sees the old file or the new one."""
-    beside = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    try:
-        with beside.open("wb") as handle:
-            handle.write(content)
-            handle.flush()
-            os.fsync(handle.fileno())
-        os.replace(beside, path)
-    except OSError:
-        beside.unlink(missing_ok=True)
-        raise
 
 
 def _whole_lines(content: bytes) -> Iterator[tuple[bytes, dict]]:
@@ -319,9 +302,7 @@ def read_run(path: str | Path) -> Run:
     else:
         records = read_text_log(content.decode("utf-8", errors="replace").splitlines())
     if not any(record["type"] != "header" for record in records):
-        raise ProjectError(
-            f"{file}: holds no lines of a training log (a run.jsonl, or the log text of MXNet's fit)"
-        )
+        raise ProjectError(f"{file}: holds no lines of a training log (a run.jsonl, or the log text of MXNet's fit)")
     header = next((record for record in records if record["type"] == "header"), {})
     # Of two lines for one epoch the later is the one that the run went on from.
     epochs = {record["epoch"]: record for record in records if record["type"] == "epoch"}
