@@ -215,10 +215,10 @@ class Loader:
             raise self._closed_error() from None
         finally:
             self.wait_seconds += time.perf_counter() - begin
-        self.skipped += len(bad)
         good = np.delete(np.arange(len(job.rows)), bad)
         valid = min(len(good), job.valid)
-        if len(good) == self.batch_size:
+        self.skipped += job.valid - valid
+        if valid == self.batch_size:
             return Batch(job.images, job.labels, 0)
         if not len(good):
             return Batch(np.zeros_like(job.images), np.zeros_like(job.labels), self.batch_size)
@@ -245,7 +245,7 @@ class Loader:
 
     def _bad_image(self, index: int, error: Exception) -> UsageError:
         where = self.records.where(index)
-        reason = str(error).removeprefix(f"{where}: ") if hasattr(str, "removeprefix") else str(error)
+        reason = str(error).removeprefix(f"{where}: ")
         return UsageError(
             f"{where} (key {self.records.keys[index]}): {reason}; "
             f"--skip-bad leaves such images out, `python -m data_prep verify {self.records.path}` lists them"
