@@ -54,12 +54,17 @@ class AtomicFile:
     def sha256(self) -> str:
         return self._hash.hexdigest()
 
-    def commit(self) -> None:
-        """Make the file appear at `path`, complete and on disk; discards it when that fails."""
-        try:
+    def complete(self) -> None:
+        """Close the file, all of it flushed to disk, still under its temporary name."""
+        if not self._file.closed:
             self._file.flush()
             os.fsync(self._file.fileno())
             self._file.close()
+
+    def commit(self) -> None:
+        """Make the file appear at `path`, complete and on disk; discards it when that fails."""
+        try:
+            self.complete()
             os.replace(self.temporary, self.path)
         except BaseException:
             self.discard()
@@ -82,6 +87,38 @@ class AtomicFile:
             self.commit()
         else:
             self.discard()
+
+
+class AtomicFiles:
+    """Several files that belong together: none appears under its name before all are complete on disk.
+
+    A context manager; `open` adds a file. They are renamed in the order in which they were opened, so a
+    reader that finds the last one in place finds all of them. An exception discards all, and so does a file
+    that cannot be completed.
+    """
+
+    def __init__(self) -> None:
+        self.files: list[AtomicFile] = []
+
+    def open(self, path: str | os.PathLike[str]) -> AtomicFile:
+        """A new member of the set, to be written by the caller."""
+        self.files.append(AtomicFile(path))
+        return self.files[-1]
+
+    def __enter__(self) -> AtomicFiles:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: object, traceback: object) -> None:
+        try:
+            if kind is None:
+                for file in self.files:
+                    file.complete()
+                for file in self.files:
+                    file.commit()
+        finally:
+            # Nothing is left to discard of a file that was renamed.
+            for file in self.files:
+                file.discard()
 
 
 def write_bytes(path: str | os.PathLike[str], data: bytes) -> None:

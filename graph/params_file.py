@@ -97,20 +97,40 @@ def write_arrays(
 
     arrays: name -> array in the order wanted, or a sequence (no names are stored). dtypes as in `DTYPES`;
     ml_dtypes' bfloat16 is accepted too. np_shape writes V3, the only version that can hold 0-dimensional
-    arrays, which MXNet reads under `np_shape` only. Raises ValueError for what the format cannot hold, and OSError.
+    arrays, which MXNet reads under `np_shape` only. Raises ValueError for what the format cannot hold.
     """
     with AtomicFile(path) as file:
-        _write_list(file, arrays, np_shape)
+        write_arrays_to(file, arrays, np_shape=np_shape)
     return file
 
 
-def write_arrays_to_bytes(
-    arrays: Mapping[str, np.ndarray] | Sequence[np.ndarray], *, np_shape: bool = False
-) -> bytes:
+def write_arrays_to_bytes(arrays: Mapping[str, np.ndarray] | Sequence[np.ndarray], *, np_shape: bool = False) -> bytes:
     """As `write_arrays`, returning the file's content."""
     file = io.BytesIO()
-    _write_list(file, arrays, np_shape)
+    write_arrays_to(file, arrays, np_shape=np_shape)
     return file.getvalue()
+
+
+def write_arrays_to(
+    file: BinaryIO | AtomicFile,
+    arrays: Mapping[str, np.ndarray] | Sequence[np.ndarray],
+    *,
+    np_shape: bool = False,
+) -> None:
+    """As `write_arrays`, into a binary file that is open; nothing is flushed or closed."""
+    if isinstance(arrays, Mapping):
+        names, values = list(arrays), list(arrays.values())
+    else:
+        names, values = [], list(arrays)
+    file.write(struct.pack("<QQQ", LIST_MAGIC, 0, len(values)))
+    for i, value in enumerate(values):
+        _write_array(file, value, np_shape, repr(names[i]) if names else f"number {i}")
+    file.write(struct.pack("<Q", len(names)))
+    for name in names:
+        raw = name.encode("utf-8")
+        if b"\0" in raw:
+            raise ValueError(f"the name {name!r} holds a NUL character, which MXNet cuts names at")
+        file.write(struct.pack("<Q", len(raw)) + raw)
 
 
 def bfloat16_to_float32(array: np.ndarray) -> np.ndarray:
@@ -253,24 +273,6 @@ def _read_data(source: _Source, shape: tuple[int, ...], dtype: np.dtype, what: s
     return array if dtype is BFLOAT16 else array.astype(dtype.newbyteorder("="), copy=False)
 
 
-def _write_list(
-    file: BinaryIO | AtomicFile, arrays: Mapping[str, np.ndarray] | Sequence[np.ndarray], np_shape: bool
-) -> None:
-    if isinstance(arrays, Mapping):
-        names, values = list(arrays), list(arrays.values())
-    else:
-        names, values = [], list(arrays)
-    file.write(struct.pack("<QQQ", LIST_MAGIC, 0, len(values)))
-    for i, value in enumerate(values):
-        _write_array(file, value, np_shape, repr(names[i]) if names else f"number {i}")
-    file.write(struct.pack("<Q", len(names)))
-    for name in names:
-        raw = name.encode("utf-8")
-        if b"\0" in raw:
-            raise ValueError(f"the name {name!r} holds a NUL character, which MXNet cuts names at")
-        file.write(struct.pack("<Q", len(raw)) + raw)
-
-
 def _write_array(file: BinaryIO | AtomicFile, value: np.ndarray, np_shape: bool, what: str) -> None:
     # asarray, not ascontiguousarray: that one turns 0 dimensions into 1.
     array = np.asarray(value, order="C")
@@ -280,9 +282,7 @@ def _write_array(file: BinaryIO | AtomicFile, value: np.ndarray, np_shape: bool,
     if little not in TYPE_NUMBERS:
         raise ValueError(f"array {what} has dtype {array.dtype}, which the .params format does not know")
     if array.ndim == 0 and not np_shape:
-        raise ValueError(
-            f"array {what} has 0 dimensions: MXNet reads that under np_shape only; reshape it to (1,)"
-        )
+        raise ValueError(f"array {what} has 0 dimensions: MXNet reads that under np_shape only; reshape it to (1,)")
     file.write(
         struct.pack(
             f"<Iii{array.ndim}qiii",
