@@ -232,7 +232,7 @@ def prune(
     within = [entry for entry in entries if entry.batch]
     surplus = within[KEPT_WITHIN_EPOCH:]
     whole = [entry for entry in entries if entry not in surplus and verify(entry.stem, hashes=False) is None]
-    if keep is not None and len(whole) > keep:
+    if keep is not None and len(whole) >= keep:
         last = whole[keep - 1].order if keep else (sys.maxsize, 0, 0, False)
         surplus += [entry for entry in entries if entry not in surplus and entry.order < last]
     doomed = [entry.stem for entry in surplus if entry.stem.name not in spared]
