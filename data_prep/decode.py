@@ -1,8 +1,8 @@
 """Image bytes -> upright RGB pixels, complete or refused.
 
-JPEGs go through simplejpeg (libjpeg-turbo), which is faster than the decoder inside OpenCV, gives the same pixels, and
-can be told to refuse damaged data, which OpenCV accepts silently. Everything else goes through OpenCV, which refuses
-truncated files of the other formats by itself. Every heavy call here releases the GIL.
+JPEGs go through simplejpeg (libjpeg-turbo), which is faster than the decoder inside OpenCV, gives the same
+pixels, and can be told to refuse damaged data, which OpenCV accepts silently. Everything else goes through
+OpenCV, which refuses truncated files of the other formats by itself. Every heavy call here releases the GIL.
 """
 
 from __future__ import annotations
@@ -37,7 +37,10 @@ def is_jpeg(data: bytes | memoryview) -> bool:
 
 
 def image_size(data: bytes | memoryview) -> tuple[int, int] | None:
-    """(height, width) in pixels of a JPEG that can be decoded at a reduced size, read from its header; else None."""
+    """(height, width) in pixels of a JPEG that can be decoded at a reduced size, read from its header.
+
+    Else None.
+    """
     if not is_jpeg(data):
         return None
     try:
@@ -58,8 +61,8 @@ def reduction(height: int, width: int, target_height: int, target_width: int) ->
 def decode_image(data: bytes | memoryview, reduce: int = 1) -> np.ndarray:
     """Decode to uint8 (H, W, 3), RGB: grey becomes three equal channels, EXIF rotation is applied, alpha is dropped.
 
-    reduce: decode a JPEG for which `image_size` gave a size at 1/2, 1/4 or 1/8 of it (rounded up); its pixels are
-    then libjpeg-turbo's means over blocks, not a sample of the full picture. Raises DecodeError.
+    reduce: decode a JPEG for which `image_size` gave a size at 1/2, 1/4 or 1/8 of it (rounded up); its pixels
+    are then libjpeg-turbo's means over blocks, not a sample of the full picture. Raises DecodeError.
     """
     if not is_jpeg(data):
         return _decode_with_opencv(data)
@@ -122,7 +125,5 @@ def _decode_with_opencv(data: bytes | memoryview) -> np.ndarray:
         except cv2.error as error:
             raise DecodeError(f"OpenCV cannot decode it ({error.err or error})") from None
     if image is None:
-        raise DecodeError(
-            "no complete image of a format that OpenCV reads" if len(data) else "it holds no image bytes"
-        )
+        raise DecodeError("no complete image of a format that OpenCV reads" if len(data) else "it holds no image bytes")
     return cv2.cvtColor(image, cv2.COLOR_BGR2RGB, dst=image)

@@ -11,7 +11,7 @@ import pytest
 
 from errors import OptionError
 from training import augment
-from training.augment import AugmentOptions, Augmenter, train_augmenter, validation_augmenter
+from training.augment import Augmenter, AugmentOptions, train_augmenter, validation_augmenter
 
 
 def rng(seed: int = 0) -> np.random.Generator:

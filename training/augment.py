@@ -28,9 +28,7 @@ FILL = 127
 MIRROR_PROBABILITY = 0.5
 # Principal components of the colours of ImageNet's pixels, 0 to 255, RGB (Krizhevsky et al. 2012, section 4.1).
 PCA_STD = np.array([55.46, 4.794, 1.148])
-PCA_DIRECTIONS = np.array(
-    [[-0.5675, 0.7192, 0.4009], [-0.5808, -0.0045, -0.8140], [-0.5836, -0.6948, 0.4203]]
-)
+PCA_DIRECTIONS = np.array([[-0.5675, 0.7192, 0.4009], [-0.5808, -0.0045, -0.8140], [-0.5836, -0.6948, 0.4203]])
 # Zhong et al. 2017, "Random Erasing": part of the picture's area, and height over width.
 ERASED_AREA = (0.02, 0.4)
 ERASED_ASPECT = (0.3, 1 / 0.3)
@@ -139,9 +137,7 @@ def take_window(image: np.ndarray, window: Window, reduced: int = 1) -> np.ndarr
     if (height, width) == (out_height, out_width):
         return part
     halved = height >= 2 * out_height and width >= 2 * out_width
-    return cv2.resize(
-        part, (out_width, out_height), interpolation=cv2.INTER_AREA if halved else cv2.INTER_LINEAR
-    )
+    return cv2.resize(part, (out_width, out_height), interpolation=cv2.INTER_AREA if halved else cv2.INTER_LINEAR)
 
 
 # ------------------------------------------------------------------------------------------------ steps: geometry
@@ -198,9 +194,7 @@ def random_affine_crop(
     turn = math.radians(_between(rng, -angle, angle))
     across, down = 2 * scale * ratio / (1 + ratio), 2 * scale / (1 + ratio)
     cos, sin = math.cos(turn), math.sin(turn)
-    matrix = np.array(
-        [[across * cos - tilt * sin * down, across * sin + tilt * cos * down], [-sin * down, cos * down]]
-    )
+    matrix = np.array([[across * cos - tilt * sin * down, across * sin + tilt * cos * down], [-sin * down, cos * down]])
     # Middle of the picture to the middle of the scaled canvas, then to where the crop sees it.
     canvas = np.array([round(scale * width), round(scale * height)])
     room = np.maximum(canvas + 2 * pad - size, 0)
@@ -215,9 +209,7 @@ def random_affine_crop(
     )
 
 
-def random_mirror(
-    image: np.ndarray, rng: np.random.Generator, probability: float = MIRROR_PROBABILITY
-) -> np.ndarray:
+def random_mirror(image: np.ndarray, rng: np.random.Generator, probability: float = MIRROR_PROBABILITY) -> np.ndarray:
     """Left and right exchanged with the given probability."""
     return cv2.flip(image, 1) if rng.random() < probability else image
 
@@ -234,9 +226,7 @@ def _lookup(image: np.ndarray, values: np.ndarray) -> np.ndarray:
 _VALUES = np.arange(256.0)
 
 
-def hsl_jitter(
-    image: np.ndarray, rng: np.random.Generator, hue: int, saturation: int, lightness: int
-) -> np.ndarray:
+def hsl_jitter(image: np.ndarray, rng: np.random.Generator, hue: int, saturation: int, lightness: int) -> np.ndarray:
     """Add uniform draws from +-hue (of 180), +-saturation and +-lightness (of 255) in the HLS space.
 
     Clipped at both ends as in ImageRecordIter: the hue too, though it is a circle.
@@ -315,17 +305,13 @@ class Augmenter:
     rng) draws it, finish(image, window, rng, reduced) takes it and applies the steps.
     """
 
-    def __init__(
-        self, window: Callable[[int, int, np.random.Generator], Window], steps: tuple[Step, ...] = ()
-    ) -> None:
+    def __init__(self, window: Callable[[int, int, np.random.Generator], Window], steps: tuple[Step, ...] = ()) -> None:
         self.window, self.steps = window, steps
 
     def __call__(self, image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
         return self.finish(image, self.window(image.shape[0], image.shape[1], rng), rng)
 
-    def finish(
-        self, image: np.ndarray, window: Window, rng: np.random.Generator, reduced: int = 1
-    ) -> np.ndarray:
+    def finish(self, image: np.ndarray, window: Window, rng: np.random.Generator, reduced: int = 1) -> np.ndarray:
         """Apply window and steps to a picture that was decoded at 1/`reduced` of its size."""
         image = take_window(image, window, reduced)
         for step in self.steps:
@@ -358,9 +344,7 @@ class AugmentOptions:
 
     def __post_init__(self) -> None:
         if self.aug_level not in LEVELS:
-            raise OptionError(
-                f"--aug-level {self.aug_level} does not exist; there are {', '.join(map(str, LEVELS))}"
-            )
+            raise OptionError(f"--aug-level {self.aug_level} does not exist; there are {', '.join(map(str, LEVELS))}")
         for name in ("brightness", "contrast", "saturation", "random_erasing"):
             if not 0 <= getattr(self, name) <= 1:
                 raise OptionError(f"{flag(name)} {getattr(self, name)} must be between 0 and 1")
@@ -368,15 +352,11 @@ class AugmentOptions:
             if getattr(self, name) < 0:
                 raise OptionError(f"{flag(name)} {getattr(self, name)} must not be negative")
         if not 0 < self.min_random_area <= self.max_random_area <= 1:
-            raise OptionError(
-                "--min-random-area and --max-random-area must be above 0, in order, and at most 1"
-            )
+            raise OptionError("--min-random-area and --max-random-area must be above 0, in order, and at most 1")
         if not 0 < self.min_aspect_ratio <= self.max_aspect_ratio:
             raise OptionError("--min-aspect-ratio and --max-aspect-ratio must be above 0 and in order")
         if 0 < self.val_resize < self.image_size:
-            raise OptionError(
-                f"--val-resize {self.val_resize} is smaller than the image size ({self.image_size})"
-            )
+            raise OptionError(f"--val-resize {self.val_resize} is smaller than the image size ({self.image_size})")
         self._check_meaning()
 
     def _check_meaning(self) -> None:
@@ -404,7 +384,7 @@ class AugmentOptions:
 
 def train_augmenter(options: AugmentOptions) -> Augmenter:
     """The augmentation of training images; their size is `options.image_size` squared."""
-    level, size = LEVELS[options.aug_level], options.image_size
+    level = LEVELS[options.aug_level]
     if not level.random_crop:
         return validation_augmenter(options)
     window, steps = _geometry(options, level)
@@ -417,9 +397,7 @@ def train_augmenter(options: AugmentOptions) -> Augmenter:
     if jitters:
         steps.append(partial(color_jitter, jitters=jitters))
     if level.hue or level.saturation or level.lightness:
-        steps.append(
-            partial(hsl_jitter, hue=level.hue, saturation=level.saturation, lightness=level.lightness)
-        )
+        steps.append(partial(hsl_jitter, hue=level.hue, saturation=level.saturation, lightness=level.lightness))
     if options.pca_noise:
         steps.append(partial(pca_lighting, std=options.pca_noise))
     steps.append(partial(random_mirror, probability=level.mirror))
@@ -477,10 +455,10 @@ def add_augment_args(group: argparse._ActionsContainer) -> None:
     def add(name: str, kind: type, metavar: str, text: str) -> None:
         group.add_argument(flag(name), type=kind, default=getattr(default, name), metavar=metavar, help=text)
 
-    add(
-        "aug_level", int, "0-3",
-        "0: centre crop; 1: random crop and mirror; 2: scale, aspect ratio and HSL jitter too; 3: rotation and shear too",
-    )  # fmt: skip
+    levels = (
+        "0: centre crop; 1: random crop and mirror; 2: scale, aspect ratio and HSL jitter too; 3: rotation and shear"
+    )
+    add("aug_level", int, "0-3", levels + " too")
     add("pad", int, "PIXELS", "grey around the picture before the random crop")
     add(
         "min_random_area",
@@ -496,8 +474,8 @@ def add_augment_args(group: argparse._ActionsContainer) -> None:
     add("saturation", float, "BOUND", "change saturation by 1 +- BOUND")
     add("pca_noise", float, "STD", "colour noise along ImageNet's principal components; 0.1 is usual")
     add("random_erasing", float, "PROBABILITY", "replace a random rectangle by noise with this probability")
-    add("val_resize", int, "PIXELS", "short edge of validation images before the centre crop; 0: 256/224 of --image-size "
-        f"from {_WHOLE_BELOW} pixels up, --image-size below")  # fmt: skip
+    whole = f"0: 256/224 of --image-size from {_WHOLE_BELOW} pixels up, --image-size below"
+    add("val_resize", int, "PIXELS", f"short edge of validation images before the centre crop; {whole}")
 
 
 def augment_options(args: argparse.Namespace) -> AugmentOptions:

@@ -13,10 +13,11 @@ import os
 import threading
 import time
 from collections import deque
+from collections.abc import Iterator
 from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from itertools import islice
-from typing import Callable, Iterator
+from typing import Callable
 from weakref import WeakSet
 
 import cv2
@@ -58,9 +59,7 @@ def sample_rng(key: np.ndarray, index: int) -> np.random.Generator:
     return np.random.Generator(np.random.Philox(counter=[0, 0, 0, index], key=key))
 
 
-def part_of_step(
-    order: np.ndarray, step: int, batch_size: int, num_parts: int, part_index: int
-) -> np.ndarray:
+def part_of_step(order: np.ndarray, step: int, batch_size: int, num_parts: int, part_index: int) -> np.ndarray:
     """Sample indices of one part's batch, at most `batch_size`.
 
     Step by step the parts cut up `num_parts * batch_size` samples of the common order, so that together they train on
@@ -147,9 +146,7 @@ class Loader:
         however it ends. Raises UsageError naming file, record and offset for an image that does not decode.
         """
         if epoch < 0 or not 0 <= start_batch <= self.steps_per_epoch:
-            raise OptionError(
-                f"epoch {epoch}, batch {start_batch}: an epoch has {self.steps_per_epoch} batches"
-            )
+            raise OptionError(f"epoch {epoch}, batch {start_batch}: an epoch has {self.steps_per_epoch} batches")
         return self._iterate(epoch, start_batch)
 
     def close(self) -> None:
@@ -199,9 +196,7 @@ class Loader:
         rows = part_of_step(order, step, self.batch_size, self.num_parts, self.part_index)
         images = np.empty((self.batch_size, *self.image_shape), np.uint8)
         # An empty part still needs pixels to repeat.
-        job = _Job(
-            rows if len(rows) else order[:1], len(rows), images, np.zeros(self.batch_size, np.int64), key
-        )
+        job = _Job(rows if len(rows) else order[:1], len(rows), images, np.zeros(self.batch_size, np.int64), key)
         for start in range(0, len(job.rows), _CHUNK):
             job.chunks.append(pool.submit(self._fill, job, start, min(start + _CHUNK, len(job.rows))))
         return job
@@ -267,9 +262,7 @@ class Loader:
             raise
         except Exception as error:
             kind = type(error).__name__
-            raise ProjectError(
-                f"{self.records.where(index)}: augmentation failed: {kind}: {error}"
-            ) from error
+            raise ProjectError(f"{self.records.where(index)}: augmentation failed: {kind}: {error}") from error
         return int(header.label if header.flag == 0 else header.label[0])
 
     def _pixels(self, data: memoryview, rng: np.random.Generator) -> np.ndarray:
