@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import importlib.util
+import logging
 import math
 
+import numpy as np
 import pytest
 
 from training.mxnet_log import parse_namespace, read_text_log
@@ -167,3 +170,47 @@ def test_namespace_with_values_that_are_no_literals():
 
 def test_text_without_figures_gives_nothing():
     assert read_text_log(["Epoch by epoch we went", "accuracy=0.5", "Epoch[x] Train-accuracy=1"]) == []
+
+
+def mxnet_fit(monkeypatch, messages: list[str], auto_reset: bool) -> None:
+    """Train a tiny classifier with MXNet's own Module.fit, its log messages going into `messages`."""
+    from mxnet_compat import mx
+
+    rng = np.random.default_rng(0)
+    labels = rng.integers(0, 6, 240)
+    images = (labels[:, None] == np.arange(6)) + 0.3 * rng.standard_normal((240, 6))
+    data = mx.io.NDArrayIter(images.astype(np.float32), labels.astype(np.float32), 10)
+    network = mx.sym.SoftmaxOutput(mx.sym.FullyConnected(mx.sym.var("data"), num_hidden=6, name="fc"), name="softmax")
+    logger = logging.Logger("fit")
+    handler = logging.Handler()
+    handler.setFormatter(logging.Formatter("%(asctime)s - %(message)s"))
+    handler.emit = lambda record: messages.append(handler.format(record))
+    logger.addHandler(handler)
+    # Speedometer and the scheduler log through the module, the rest through the logger that is passed.
+    monkeypatch.setattr(logging, "info", logger.info)
+    mx.mod.Module(network, logger=logger).fit(
+        data,
+        eval_data=data,
+        eval_metric=["acc", mx.metric.create("top_k_accuracy", top_k=5), "ce"],
+        num_epoch=3,
+        batch_end_callback=mx.callback.Speedometer(10, 6, auto_reset=auto_reset),
+        optimizer_params={"learning_rate": 0.5, "lr_scheduler": mx.lr_scheduler.FactorScheduler(24, 0.1, base_lr=0.5)},
+    )
+
+
+@pytest.mark.skipif(importlib.util.find_spec("mxnet") is None, reason="MXNet is not installed")
+@pytest.mark.parametrize("auto_reset", [True, False])
+def test_what_mxnet_really_writes_is_read(tmp_path, monkeypatch, auto_reset):
+    messages: list[str] = []
+    mxnet_fit(monkeypatch, messages, auto_reset)
+    run = read(tmp_path, "\n".join(messages))
+    assert [row["epoch"] for row in run.epochs] == [1, 2, 3]
+    assert [row["batch"] for row in run.train if row["epoch"] == 2] == [6, 12, 18]
+    for part in ("train", "validation"):
+        for metric in ("top1", "top5", "loss"):
+            assert np.isfinite(run.values(metric, part)).all()
+    logged = [line.rpartition("=")[2] for line in messages if "Validation-accuracy" in line]
+    assert run.values("top1", "validation") == [float(value) for value in logged]
+    assert run.values("lr")[1:] == pytest.approx([0.05, 0.005])
+    assert run.epochs[0]["images_per_second"] > 0
+    assert run.values("elapsed")[2] > 0

@@ -252,18 +252,14 @@ def _new_figure(panels: int, lines: int) -> Figure:
     matplotlib.use("Agg")
     from matplotlib.figure import Figure
 
-    height = 4.9 + 0.21 * _legend_rows(lines)
-    figure = Figure(figsize=(0.8 + 4.6 * panels, height), dpi=120, layout="constrained")
+    rows = math.ceil(lines / _legend_columns(lines, panels))
+    figure = Figure(figsize=(max(7.5, 0.8 + 4.6 * panels), 4.9 + 0.21 * rows), dpi=120, layout="constrained")
     figure.get_layout_engine().set(w_pad=0.1, h_pad=0.08, wspace=0.03)
     return figure
 
 
-def _legend_rows(lines: int) -> int:
-    return math.ceil(lines / _legend_columns(lines))
-
-
-def _legend_columns(lines: int) -> int:
-    return 1 if lines <= 3 else 2
+def _legend_columns(lines: int, panels: int) -> int:
+    return 1 if lines <= 3 or panels == 1 else 2
 
 
 def _has(group: Group, panel: Panel) -> bool:
@@ -344,11 +340,11 @@ def _draw_steps(axes: Axes, groups: list[Group], places: list[int], x_axis: XAxi
     for position, owners in sorted(steps.items()):
         colour = _style(owners[0][0])[0] if len(owners) == 1 < len(groups) else "#777777"
         axes.axvline(position, color=colour, linestyle=":", linewidth=1.1, alpha=0.8, zorder=1)
-        rates = {rate for _, rate in owners}
+        rates = {f"{rate:.3g}" for _, rate in owners}
         if len(rates) == 1 and position >= free_from:
             free_from = position + 0.025 * (high - low)
             axes.annotate(
-                f"{rates.pop():.3g}",
+                rates.pop(),
                 (position, 1.0),
                 xycoords=("data", "axes fraction"),
                 xytext=(2, -3),
@@ -409,7 +405,7 @@ def _add_legends(figure: Figure, drawn: list[tuple[int, Group]], title: str) -> 
     figure.legend(
         handles=handles,
         loc="outside lower center",
-        ncols=_legend_columns(len(drawn)),
+        ncols=_legend_columns(len(drawn), len(figure.axes)),
         frameon=False,
         fontsize=9,
         markerscale=0.7,
@@ -419,7 +415,7 @@ def _add_legends(figure: Figure, drawn: list[tuple[int, Group]], title: str) -> 
         title=title,
         title_fontproperties={"size": 13, "weight": "bold"},
         loc="outside upper center",
-        ncols=len(kinds) if len(figure.axes) > 1 else 2,
+        ncols=len(kinds),
         frameon=False,
         fontsize=8.5,
     )
