@@ -11,7 +11,8 @@ import pytest
 
 from errors import OptionError
 from training import augment
-from training.augment import Augmenter, AugmentOptions, train_augmenter, validation_augmenter
+from training.augment import Augmenter, train_augmenter, validation_augmenter
+from training.augment_options import AugmentOptions, add_augment_args, augment_options
 
 
 def rng(seed: int = 0) -> np.random.Generator:
@@ -275,12 +276,12 @@ def test_contradictions_are_refused(options, message):
 def test_flags_give_the_options():
     parser = argparse.ArgumentParser()
     parser.add_argument("--image-size", type=int, default=224)
-    augment.add_augment_args(parser.add_argument_group("augmentation"))
-    assert augment.augment_options(parser.parse_args([])) == AugmentOptions()
+    add_augment_args(parser.add_argument_group("augmentation"))
+    assert augment_options(parser.parse_args([])) == AugmentOptions()
     flags = (
         "--image-size 96 --aug-level 3 --min-random-area 0.08 --min-aspect-ratio 0.7 --pca-noise 0.1 --val-resize 99"
     )
     expected = AugmentOptions(
         image_size=96, aug_level=3, min_random_area=0.08, min_aspect_ratio=0.7, pca_noise=0.1, val_resize=99
     )
-    assert augment.augment_options(parser.parse_args(flags.split())) == expected
+    assert augment_options(parser.parse_args(flags.split())) == expected

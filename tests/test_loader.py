@@ -16,7 +16,8 @@ import pytest
 
 from data_prep.recordio import Header, RecordFile, RecordWriter, pack
 from errors import ProjectError, UsageError
-from training.augment import AugmentOptions, train_augmenter, validation_augmenter
+from training.augment import train_augmenter, validation_augmenter
+from training.augment_options import AugmentOptions
 from training.loader import Loader, epoch_order
 from training.loader_speed import describe, measure_loader
 

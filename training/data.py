@@ -10,7 +10,8 @@ import numpy as np
 
 from data_prep.recordio import RecordFile
 from errors import UsageError
-from training.augment import augment_options, train_augmenter, validation_augmenter
+from training.augment import train_augmenter, validation_augmenter
+from training.augment_options import augment_options
 from training.loader import Loader
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from architectures import NETWORKS, option_names
 from errors import UsageError
-from training.augment import add_augment_args
+from training.augment_options import add_augment_args
 
 ENGINES = ("symbol",)
 OPTIMIZERS = ("nag", "sgd", "adam")
