@@ -65,9 +65,10 @@ def uneven_groups(groups: list[Group]) -> list[str]:
     return notes
 
 
-def main() -> int:
+def main(argv: list[str] | None = None) -> int:
     """Read the logs, group them, write tables, pictures and report, print the table."""
-    args = build_parser().parse_args()
+    argv = sys.argv[1:] if argv is None else argv
+    args = build_parser().parse_args(argv)
     # Imported here: `--help` answers without numpy.
     from training.comparison import compare, csv_table, group_by_seed, markdown_table, reading
     from training.curves import Group, read_runs, write_output
@@ -82,7 +83,7 @@ def main() -> int:
     rows = compare(groups)
     pictures, notes = draw_pictures(groups, args.output)
     notes = [f"left out: {complaint}" for complaint in complaints] + uneven_groups(groups) + notes
-    command = shlex.join(["python", "compare.py", *sys.argv[1:]])
+    command = shlex.join(["python", "compare.py", *argv])
     report = html_report(args.title, rows, pictures, notes, command)
     for name, text in (
         ("table.md", markdown_table(rows)),

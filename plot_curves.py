@@ -20,19 +20,15 @@ def build_parser() -> argparse.ArgumentParser:
         metavar="LOG",
         help="run.jsonl of a run, its folder, or a text log of MXNet's fit (original SENet.mxnet)",
     )
-    parser.add_argument(
-        "-o", "--output", default="curves.png", help="the picture; .png or .svg chooses its format"
-    )
-    parser.add_argument(
-        "--x", choices=("epochs", "images", "time"), default="epochs", help="what to draw over"
-    )
+    parser.add_argument("-o", "--output", default="curves.png", help="the picture; .png or .svg chooses its format")
+    parser.add_argument("--x", choices=("epochs", "images", "time"), default="epochs", help="what to draw over")
     parser.add_argument("--title", help="title of the picture")
     return parser
 
 
-def main() -> int:
+def main(argv: list[str] | None = None) -> int:
     """Read the logs, draw the picture, say where it lies."""
-    args = build_parser().parse_args()
+    args = build_parser().parse_args(argv)
     # Imported here: `--help` answers without numpy.
     from training.curves import Group, check_picture_path, draw_curves, read_runs, save_picture
 

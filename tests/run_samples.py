@@ -8,9 +8,7 @@ from pathlib import Path
 import numpy as np
 
 
-def write_run(
-    folder: Path, epochs: int, *, seed: int = 0, floor: float = 0.06, lr_steps=None, **arguments
-) -> Path:
+def write_run(folder: Path, epochs: int, *, seed: int = 0, floor: float = 0.06, lr_steps=None, **arguments) -> Path:
     """Write a run.jsonl whose errors fall towards `floor`, with a drop at every rate step."""
     steps = [epochs // 2, 3 * epochs // 4] if lr_steps is None else lr_steps
     rng = np.random.default_rng([seed, epochs, int(1000 * floor)])
@@ -40,11 +38,7 @@ def write_run(
     ]
     for epoch in range(1, epochs + 1):
         passed = sum(epoch > step for step in steps)
-        error = (
-            floor
-            + 0.55 * np.exp(-5 * epoch / epochs)
-            + 0.05 * 0.4**passed * (1 + 0.3 * rng.standard_normal())
-        )
+        error = floor + 0.55 * np.exp(-5 * epoch / epochs) + 0.05 * 0.4**passed * (1 + 0.3 * rng.standard_normal())
         error = float(np.clip(error, 0.01, 0.9))
         train_error = error * (1.25 - 0.6 * epoch / epochs)
         records.append(

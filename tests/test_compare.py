@@ -5,7 +5,6 @@ from __future__ import annotations
 import csv
 import io
 import re
-import sys
 import xml.etree.ElementTree as ElementTree
 from html.parser import HTMLParser
 
@@ -154,16 +153,15 @@ class Page(HTMLParser):
         assert self.open.pop() == tag
 
 
-def run_main(monkeypatch, *arguments: object) -> int:
-    monkeypatch.setattr(sys, "argv", ["compare.py", *map(str, arguments)])
-    return run_command(compare_command.main)
+def run_main(*arguments: object) -> int:
+    return run_command(lambda: compare_command.main([str(argument) for argument in arguments]))
 
 
-def test_command_writes_a_report_that_needs_no_other_file(runs, tmp_path, monkeypatch, capsys):
+def test_command_writes_a_report_that_needs_no_other_file(runs, tmp_path, capsys):
     (tmp_path / "old.log").write_text(OLD_LOG, encoding="utf-8")
     out = tmp_path / "out" / "comparison"
     logs = [*(run.path for run in runs), tmp_path / "old.log", tmp_path / "gone.log"]
-    assert run_main(monkeypatch, *logs, "-o", out, "--title", "SE & plain <twins>") == 0
+    assert run_main(*logs, "-o", out, "--title", "SE & plain <twins>") == 0
     printed = capsys.readouterr()
     assert "se (3 seeds)" in printed.out
     assert "gone.log" in printed.err
@@ -190,31 +188,31 @@ def test_command_writes_a_report_that_needs_no_other_file(runs, tmp_path, monkey
         ElementTree.fromstring(picture)
 
 
-def test_command_shows_runs_on_their_own_when_asked(runs, tmp_path, monkeypatch, capsys):
-    assert run_main(monkeypatch, *(run.path for run in runs[:2]), "-o", tmp_path / "out", "--no-seed-groups") == 0
+def test_command_shows_runs_on_their_own_when_asked(runs, tmp_path, capsys):
+    assert run_main(*(run.path for run in runs[:2]), "-o", tmp_path / "out", "--no-seed-groups") == 0
     printed = capsys.readouterr().out
     assert "se-seed0" in printed
     assert "seeds)" not in printed
 
 
-def test_groups_that_ended_unevenly_are_noted(tmp_path, monkeypatch, capsys):
+def test_groups_that_ended_unevenly_are_noted(tmp_path, capsys):
     short = write_run(tmp_path / "se-seed0", 3, seed=0, lr_steps=[])
     longer = write_run(tmp_path / "se-seed1", 5, seed=1, lr_steps=[])
-    assert run_main(monkeypatch, short, longer, "-o", tmp_path / "out") == 0
+    assert run_main(short, longer, "-o", tmp_path / "out") == 0
     printed = capsys.readouterr().out
     assert "3 to 5 epochs" in printed
     assert "| 3 to 5 |" in printed
 
 
-def test_nothing_to_compare_is_status_2(tmp_path, monkeypatch, capsys):
-    assert run_main(monkeypatch, tmp_path / "gone.jsonl", "-o", tmp_path / "out") == 2
+def test_nothing_to_compare_is_status_2(tmp_path, capsys):
+    assert run_main(tmp_path / "gone.jsonl", "-o", tmp_path / "out") == 2
     assert "gone.jsonl" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
 
 
-def test_a_place_that_cannot_be_a_folder_is_status_2(runs, tmp_path, monkeypatch, capsys):
+def test_a_place_that_cannot_be_a_folder_is_status_2(runs, tmp_path, capsys):
     (tmp_path / "file").write_text("", encoding="utf-8")
-    assert run_main(monkeypatch, runs[0].path, "-o", tmp_path / "file") == 2
+    assert run_main(runs[0].path, "-o", tmp_path / "file") == 2
     assert "change -o" in capsys.readouterr().err
 
 

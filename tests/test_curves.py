@@ -29,9 +29,8 @@ def singles(*paths: Path) -> list[Group]:
     return [Group(run.name, [run]) for run in read_runs(paths)[0]]
 
 
-def run_main(monkeypatch, *arguments: object) -> int:
-    monkeypatch.setattr(sys, "argv", ["plot_curves.py", *map(str, arguments)])
-    return run_command(plot_curves.main)
+def run_main(*arguments: object) -> int:
+    return run_command(lambda: plot_curves.main([str(argument) for argument in arguments]))
 
 
 def curves_of(axes) -> dict[tuple[str, str], np.ndarray]:
@@ -166,23 +165,21 @@ def test_runs_of_equal_names_are_told_apart(tmp_path):
     assert runs[2].name == "plain"
 
 
-def test_command_draws_both_kinds_of_logs_as_png_and_svg(tmp_path, monkeypatch, capsys):
+def test_command_draws_both_kinds_of_logs_as_png_and_svg(tmp_path, capsys):
     ours = write_run(tmp_path / "ours", epochs=3)
     old = tmp_path / "old.log"
     old.write_text(OLD_LOG, encoding="utf-8")
-    assert run_main(monkeypatch, ours, old, "-o", tmp_path / "curves.png") == 0
+    assert run_main(ours, old, "-o", tmp_path / "curves.png") == 0
     assert "curves of 2 runs" in capsys.readouterr().out
     assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
-    assert run_main(monkeypatch, ours, old, "-o", tmp_path / "curves.svg", "--x", "epochs", "--title", "T") == 0
+    assert run_main(ours, old, "-o", tmp_path / "curves.svg", "--x", "epochs", "--title", "T") == 0
     assert ElementTree.parse(tmp_path / "curves.svg").getroot().tag.endswith("svg")
 
 
-def test_an_unreadable_log_is_named_and_the_rest_is_drawn(tmp_path, monkeypatch, capsys):
+def test_an_unreadable_log_is_named_and_the_rest_is_drawn(tmp_path, capsys):
     ours = write_run(tmp_path / "ours", epochs=3)
     (tmp_path / "broken.jsonl").write_bytes(b"\x00\x01")
-    status = run_main(
-        monkeypatch, tmp_path / "broken.jsonl", ours, tmp_path / "gone.jsonl", "-o", tmp_path / "curves.png"
-    )
+    status = run_main(tmp_path / "broken.jsonl", ours, tmp_path / "gone.jsonl", "-o", tmp_path / "curves.png")
     assert status == 0
     warnings = capsys.readouterr().err
     assert "broken.jsonl" in warnings
@@ -200,18 +197,18 @@ def test_nothing_to_draw_is_status_2(tmp_path):
     assert not (tmp_path / "curves.png").exists()
 
 
-def test_an_output_that_cannot_be_is_status_2(tmp_path, monkeypatch, capsys):
+def test_an_output_that_cannot_be_is_status_2(tmp_path, capsys):
     ours = write_run(tmp_path / "ours", epochs=2)
-    assert run_main(monkeypatch, ours, "-o", tmp_path / "curves.jpeg") == 2
+    assert run_main(ours, "-o", tmp_path / "curves.jpeg") == 2
     assert ".png or .svg" in capsys.readouterr().err
-    assert run_main(monkeypatch, ours, "-o", tmp_path / "no" / "folder" / "curves.png") == 2
+    assert run_main(ours, "-o", tmp_path / "no" / "folder" / "curves.png") == 2
     assert "cannot write" in capsys.readouterr().err
 
 
-def test_an_axis_that_no_log_tells_is_an_error(tmp_path, monkeypatch, capsys):
+def test_an_axis_that_no_log_tells_is_an_error(tmp_path, capsys):
     old = tmp_path / "old.log"
     old.write_text(OLD_LOG, encoding="utf-8")
-    assert run_main(monkeypatch, old, "-o", tmp_path / "curves.png", "--x", "time") != 0
+    assert run_main(old, "-o", tmp_path / "curves.png", "--x", "time") != 0
     assert "by wall-clock time" in capsys.readouterr().err
 
 

@@ -30,6 +30,7 @@ def mxnet_free_files() -> list[Path]:
         ROOT / "architectures.py",
         ROOT / "engines" / "base.py",
         ROOT / "plot_curves.py",
+        ROOT / "compare.py",
     ]
     files.append(ROOT / "engines" / "torch_engine.py")
     return [path for path in files if path.exists()]

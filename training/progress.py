@@ -26,9 +26,7 @@ def describe(metrics: Metrics, lr: float, images_per_second: float, data_wait: f
     lr: learning rate. data_wait: fraction (0-1) of the time that was spent waiting for the loader.
     """
     parts = [
-        f"{images_per_second:.4g} images/s"
-        if images_per_second < 1000
-        else f"{images_per_second:.0f} images/s",
+        f"{images_per_second:.4g} images/s" if images_per_second < 1000 else f"{images_per_second:.0f} images/s",
         f"loss {metrics.loss:.4f}",
         f"top-1 {metrics.top1:.2%}",
         f"top-5 {metrics.top5:.2%}",
