@@ -119,6 +119,8 @@ def test_differing_arguments_come_first_and_seeds_never_differ(runs):
     assert rows[0] == ("no_se", ["False", "True"], True)
     assert [name for name, _, differs in rows if differs] == ["no_se"]
     assert ("seed", ["0, 1, 2", "0, 1, 2"], False) in rows
+    del runs[0].header["arguments"]["depth"], runs[0].header["arguments"]["no_se"]
+    assert not any(differs for _, _, differs in differences([Group("a", runs[:1]), Group("b", runs[3:])]))
 
 
 @pytest.mark.parametrize(

@@ -18,6 +18,7 @@ from training.run_log import Run
 PLACES = {"log_dir", "model_prefix", "data_dir", "train_rec", "val_rec"}
 RECORDING = {"frequent", "keep", "overwrite", "resume", "save_every"}
 NOT_COMPARED = {"seed"} | PLACES | RECORDING
+NOT_LOGGED = "not logged"
 # What the header knows beyond the arguments; it tells apart runs on other data under the same flags.
 FACTS = ("network", "engine", "classes", "train_images", "val_images", "parameters", "multiply_adds")
 
@@ -113,11 +114,15 @@ class Spread:
             return None
         return cls(math.fsum(values) / len(values), min(values), max(values))
 
+    def range_text(self, column: Column) -> str:
+        """`90.90 to 91.50`; empty when the runs do not differ in what is printed."""
+        low, high = column.text(self.low), column.text(self.high)
+        return "" if low == high else f"{low} to {high}"
+
     def text(self, column: Column) -> str:
         """`91.20` or, over several differing runs, `91.20 (90.90 to 91.50)`."""
-        if column.text(self.low) == column.text(self.high):
-            return column.text(self.mean)
-        return f"{column.text(self.mean)} ({column.text(self.low)} to {column.text(self.high)})"
+        ends = self.range_text(column)
+        return column.text(self.mean) + (f" ({ends})" if ends else "")
 
 
 @dataclass
@@ -282,14 +287,14 @@ def reading(rows: Sequence[Row]) -> list[str]:
 def differences(groups: Sequence[Group]) -> list[tuple[str, list[str], bool]]:
     """Arguments, facts and versions: (name, text of every group, whether they differ), the differing first.
 
-    Seeds and places are listed, but never count as a difference.
+    Seeds and places are listed, but never count as a difference, nor does a log that does not tell the value.
     """
     tables = [[_told(run) for run in group.runs] for group in groups]
     names = dict.fromkeys(name for table in tables for told in table for name in told)
     rows = []
     for name in names:
-        texts = [", ".join(dict.fromkeys(told.get(name, "not logged") for told in table)) for table in tables]
-        rows.append((name, texts, len(set(texts)) > 1 and name not in NOT_COMPARED))
+        texts = [", ".join(dict.fromkeys(told.get(name, NOT_LOGGED) for told in table)) for table in tables]
+        rows.append((name, texts, len(set(texts) - {NOT_LOGGED}) > 1 and name not in NOT_COMPARED))
     return sorted(rows, key=lambda row: not row[2])
 
 

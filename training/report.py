@@ -6,7 +6,7 @@ import re
 from collections.abc import Mapping, Sequence
 from html import escape
 
-from training.comparison import Row, best_cells, cells, column_titles, differences, reading
+from training.comparison import COLUMNS, Column, Row, Spread, best_cells, column_titles, differences, reading
 
 STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; color: #222; background: #fff; max-width: 1500px;
@@ -14,8 +14,10 @@ body { font: 15px/1.5 system-ui, sans-serif; color: #222; background: #fff; max-
 h1 { font-size: 1.6em; } h2 { font-size: 1.2em; margin-top: 2em; }
 .wide { overflow-x: auto; }
 table { border-collapse: collapse; font-size: 0.92em; }
+td small { font-weight: 400; color: #555; }
 th, td { border-bottom: 1px solid #ddd; padding: 0.3em 0.8em; text-align: left; vertical-align: top; }
-table.figures td:nth-child(n+2), table.figures th:nth-child(n+2) { text-align: right; white-space: nowrap; }
+table.figures td { white-space: nowrap; }
+table.figures td:nth-child(n+2), table.figures th:nth-child(n+2) { text-align: right; }
 thead th { border-bottom: 2px solid #888; }
 td.best { font-weight: 700; }
 tr.differs { background: #fff3cd; }
@@ -79,12 +81,20 @@ def _figures_table(rows: Sequence[Row]) -> str:
     head = "".join(f"<th>{escape(title)}</th>" for title in column_titles())
     lines = []
     for at, row in enumerate(rows):
-        tds = [
-            f'<td class="best">{escape(text)}</td>' if (at, place) in best else f"<td>{escape(text)}</td>"
-            for place, text in enumerate(cells(row))
-        ]
+        tds = [f"<td>{escape(row.group.label)}</td>", f"<td>{escape(row.epochs)}</td>"]
+        for place, column in enumerate(COLUMNS, len(tds)):
+            opening = '<td class="best">' if (at, place) in best else "<td>"
+            tds.append(f"{opening}{_figure(row.spreads[column.key], column)}</td>")
         lines.append(f"<tr>{''.join(tds)}</tr>")
     return _table("figures", head, lines)
+
+
+def _figure(spread: Spread | None, column: Column) -> str:
+    """The mean, with the range in small letters below it, so that the table stays narrow."""
+    if spread is None:
+        return "-"
+    ends = spread.range_text(column)
+    return escape(column.text(spread.mean)) + (f"<br><small>{escape(ends)}</small>" if ends else "")
 
 
 def _arguments(rows: Sequence[Row]) -> str:
@@ -100,7 +110,7 @@ def _arguments(rows: Sequence[Row]) -> str:
     shown = _table("arguments", head, differing) if differing else "<p>No logged argument differs.</p>"
     rest = ""
     if equal:
-        summary = "<summary>Seeds, places and what is equal</summary>"
+        summary = "<summary>Seeds, places, what is equal and what only some logs tell</summary>"
         rest = f"<details>{summary}\n{_table('arguments', head, equal)}\n</details>"
     return f"<h2>Arguments that differ</h2>\n{shown}\n{rest}"
 
