@@ -87,6 +87,21 @@ def read_arrays_from_bytes(data: bytes, name: str = "<bytes>") -> dict[str, np.n
     return _read_list(_Source(io.BytesIO(data), len(data), name))
 
 
+def is_array_list(path: str | os.PathLike[str]) -> bool:
+    """Whether a file begins as an NDArray list does; raises OSError."""
+    with open(path, "rb") as file:
+        return file.read(8) == struct.pack("<Q", LIST_MAGIC)
+
+
+def read_array_from_bytes(data: bytes, name: str = "<bytes>") -> np.ndarray:
+    """One array alone, without the list around it, as MXNet stores it inside pickles; as `read_arrays`."""
+    source = _Source(io.BytesIO(data), len(data), name)
+    array = _read_array(source, "the array")
+    if source.remaining:
+        raise source.error(f"{source.remaining} bytes follow the end of the array")
+    return array
+
+
 def write_arrays(
     path: str | os.PathLike[str],
     arrays: Mapping[str, np.ndarray] | Sequence[np.ndarray],

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import pickle
 import resource
 import signal
 import subprocess
@@ -29,6 +30,7 @@ from training.checkpoint import (
     list_checkpoints,
     load_best,
     load_checkpoint,
+    load_params,
     prune,
     save_best,
     save_checkpoint,
@@ -142,6 +144,43 @@ def test_params_of_other_programs_load_alone(prefix):
     latest, passed_over = find_latest(prefix)
     assert latest is None
     assert [(path.name, "no manifest" in reason) for path, reason in passed_over] == [("net-0050", True)]
+
+
+def test_states_of_a_module_beside_its_params_are_read(prefix):
+    mx = pytest.importorskip("mxnet_compat", exc_type=ImportError).mx
+    data = mx.sym.FullyConnected(mx.sym.var("data"), num_hidden=2, name="fc")
+    module = mx.mod.Module(mx.sym.SoftmaxOutput(data, name="softmax"))
+    batches = mx.io.NDArrayIter(np.ones((2, 3), np.float32), np.zeros(2), batch_size=2)
+    module.bind(batches.provide_data, batches.provide_label)
+    module.init_params(mx.init.One())
+    module.init_optimizer(kvstore=None, optimizer_params={"momentum": 0.9, "learning_rate": 1.0})
+    module.forward_backward(next(batches))
+    module.update()
+    mx.nd.waitall()
+    module.save_checkpoint(str(prefix), 4, save_optimizer_states=True)
+    found = load_checkpoint(prefix, 4)
+    assert found.manifest is None
+    assert list(found.state.optimizer) == ["momentum:fc_weight", "momentum:fc_bias"]
+    change = found.state.params["arg:fc_weight"] - 1
+    assert np.allclose(found.state.optimizer["momentum:fc_weight"], change)
+
+
+def test_evil_states_beside_params(prefix):
+    write_arrays(f"{prefix}-0004.params", make_state().params)
+    Path(f"{prefix}-0004.states").write_bytes(pickle.dumps({"fc_weight": os.getcwd}))
+    with pytest.raises(DamagedCheckpointError, match="refused.*fresh momentum"):
+        load_checkpoint(prefix, 4)
+    assert list(load_params(prefix, 4)) == list(make_state().params)
+
+
+def test_lost_or_damaged_manifest(prefix):
+    path = save(prefix, 4)
+    path.write_text("{")
+    assert list(load_params(prefix, 4)) == list(make_state().params)
+    path.unlink()
+    found = load_checkpoint(prefix, 4)
+    assert list(found.state.optimizer) == ["momentum:fc_weight"]
+    assert found.manifest is None
 
 
 # ---------------------------------------------------------------------------- damage

@@ -34,7 +34,8 @@ import atomic_file
 from atomic_file import AtomicFiles
 from engines.base import TrainState
 from errors import ProjectError, UsageError, run_command
-from graph.params_file import ParamsFileError, read_arrays, write_arrays_to
+from graph.params_file import ParamsFileError, is_array_list, read_arrays, write_arrays_to
+from graph.states_file import StatesFileError, read_module_states
 from training.process_lock import ProcessLock
 
 FORMAT = 1
@@ -63,8 +64,8 @@ class Checkpoint:
     """A checkpoint that was read and found whole.
 
     epoch: epochs completed; batch: batches done in the epoch after them; path: the manifest, or the
-    `.params` file where there is no manifest. Without a manifest `state` holds parameters alone (updates 0,
-    no optimizer state).
+    `.params` file where there is no manifest. Without a manifest `state` holds what could be found: optimizer
+    states only if such a file is there (else the momentum starts afresh), updates 0 unless that file tells.
     """
 
     epoch: int
@@ -333,8 +334,9 @@ def _to_json(record: Mapping[str, object]) -> bytes:
 def load_checkpoint(prefix: str | os.PathLike[str], epoch: int, batch: int = 0) -> Checkpoint:
     """The checkpoint after `epoch` epochs (and `batch` batches), checked against its manifest if it has one.
 
-    Without a manifest the `.params` file alone is loaded (checkpoints that other programs wrote). Raises
-    DamagedCheckpointError (a UsageError) naming the file and the cause.
+    Without a manifest (checkpoints that other programs wrote) the `.params` file is enough; optimizer states are
+    read where a Module pickled them beside it. Raises DamagedCheckpointError (a UsageError) naming the file and
+    the cause.
     """
     return load_stem(checkpoint_stem(prefix, epoch, batch))
 
@@ -344,12 +346,17 @@ def load_best(prefix: str | os.PathLike[str]) -> Checkpoint:
     return load_stem(Path(f"{os.fspath(prefix)}-{BEST}"))
 
 
+def load_params(prefix: str | os.PathLike[str], epoch: int) -> dict[str, np.ndarray]:
+    """The parameters alone, "arg:NAME" and "aux:NAME" -> array, whatever the manifest says or lacks."""
+    return _read_named(Path(f"{checkpoint_stem(prefix, epoch)}.params"))
+
+
 def load_stem(stem: str | os.PathLike[str]) -> Checkpoint:
     """As `load_checkpoint`, by path without extension."""
     stem = Path(stem)
     manifest_path, params_path = Path(f"{stem}.json"), Path(f"{stem}.params")
     if not manifest_path.exists():
-        return _load_params_alone(stem)
+        return _load_without_manifest(stem)
     manifest = _read_manifest(manifest_path)
     problem = _files_problem(stem, manifest, hashes=True)
     if problem:
@@ -467,16 +474,31 @@ def _stem_of_file(path: str | os.PathLike[str]) -> Path:
     return path.with_suffix("") if path.suffix[1:] in EXTENSIONS else path
 
 
-def _load_params_alone(stem: Path) -> Checkpoint:
+def _load_without_manifest(stem: Path) -> Checkpoint:
     path = Path(f"{stem}.params")
     try:
-        params = _read_named(path)
+        state = TrainState(_read_named(path))
+        _add_states_without_manifest(state, Path(f"{stem}.states"))
     except ParamsFileError as error:
         raise DamagedCheckpointError(str(error)) from error
+    except StatesFileError as error:
+        raise DamagedCheckpointError(f"{error}; without that file the run starts with fresh momentum") from error
     prefix, epoch = _prefix_of(stem), stem.name.rpartition("-")[2]
     symbol = symbol_path(prefix)
     symbol_json = symbol.read_text(encoding="utf-8") if symbol.is_file() else None
-    return Checkpoint(int(epoch) if epoch.isdecimal() else 0, 0, TrainState(params), None, symbol_json, path)
+    return Checkpoint(int(epoch) if epoch.isdecimal() else 0, 0, state, None, symbol_json, path)
+
+
+def _add_states_without_manifest(state: TrainState, path: Path) -> None:
+    """Add the optimizer states of a file that is ours or a Module's pickle; none when there is no such file."""
+    if not path.exists():
+        return
+    if is_array_list(path):
+        state.optimizer = _read_named(path)
+        return
+    names = [name[len("arg:") :] for name in state.params if name.startswith("arg:")]
+    states = read_module_states(path, names)
+    state.optimizer, state.updates = states.optimizer, states.updates or 0
 
 
 def _read_named(path: Path) -> dict[str, np.ndarray]:
