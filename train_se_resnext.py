@@ -16,13 +16,14 @@ def main(argv: list[str] | None = None) -> int:
     from networks import declare, make_engine, prepare_process
     from training.checkpoint import PrefixLock
     from training.data import open_data
-    from training.loader import report_io
     from training.loop import Trainer
     from training.session import make_saver, open_log
     from training.start import choose_start
 
     with open_data(args) as data:
         if args.test_io:
+            from training.loader import report_io
+
             return report_io(data.train)
         prepare_process(args)
         network = declare(args, data.classes)

@@ -36,8 +36,11 @@ class SymbolEngine:
         kv_store: str = "device",
         seed: int = 0,
     ):
+        self._symbol, self._contexts = symbol, contexts
+        self._shapes = [(DATA_NAME, (batch_size, *image_shape))], [(LABEL_NAME, (batch_size,))]
         self._module = mx.mod.Module(symbol, [DATA_NAME], [LABEL_NAME], context=contexts)
-        self._module.bind([(DATA_NAME, (batch_size, *image_shape))], [(LABEL_NAME, (batch_size,))])
+        self._module.bind(*self._shapes)
+        self._inference: mx.mod.Module | None = None  # bound while weights stay as they are
         self._optimizer_name = optimizer
         self._optimizer_args = {"wd": wd}
         if optimizer != "adam":
@@ -51,6 +54,7 @@ class SymbolEngine:
         self._counts: list[int] = []
 
     def train_batch(self, batch: Batch, lr: float) -> None:
+        self._inference = None
         if self._draws:
             mx.random.seed(int(np.random.SeedSequence((self._seed, self._updates)).generate_state(1)[0] >> 1))
         labels = batch.labels.astype(np.float32)
@@ -67,10 +71,10 @@ class SymbolEngine:
         self._counts.append(batch.valid)
 
     def predict(self, batch: Batch) -> np.ndarray:
-        # BatchNorm writes its moving statistics behind the dependency engine's back (on CPUs, in the backward pass).
-        mx.nd.waitall()
-        self._module.forward(mx.io.DataBatch([self._images(batch)], None), is_train=False)
-        return self._module.get_outputs()[0].asnumpy()
+        if self._inference is None:
+            self._inference = self._bind_inference()
+        self._inference.forward(mx.io.DataBatch([self._images(batch)], None), is_train=False)
+        return self._inference.get_outputs()[0].asnumpy()
 
     def read_metrics(self) -> Metrics:
         rows, counts = self._rows, self._counts
@@ -78,8 +82,7 @@ class SymbolEngine:
         return sum_batches(mx.nd.stack(*rows).asnumpy() if rows else np.empty((0, 3), np.float32), counts)
 
     def get_state(self) -> TrainState:
-        mx.nd.waitall()
-        arg_params, aux_params = self._module.get_params()
+        arg_params, aux_params = self._read_params()
         if len(self._module._context) > 1:
             # Moving statistics differ between devices and were averaged just now. The devices go on from the
             # average, as a run does that is continued from these files (Module.fit does the same after an epoch).
@@ -97,6 +100,7 @@ class SymbolEngine:
             groups[kind][name] = mx.nd.array(value, dtype=value.dtype)
         self._module.init_params(arg_params=groups["arg"], aux_params=groups["aux"], force_init=True)
         self._updates = state.updates
+        self._inference = None
         # The KVStore copies the weights when the optimizer is set up, so that always comes after the weights.
         self._module.init_optimizer(
             self._kv_store,
@@ -108,6 +112,25 @@ class SymbolEngine:
 
     def close(self) -> None:
         mx.nd.waitall()
+
+    def _bind_inference(self) -> mx.mod.Module:
+        """A module of its own for inference with the weights of now.
+
+        On CPUs, inference leaves weights in oneDNN's layouts behind, and training on such arrays is not reproducible:
+        which kernel meets which layout is a race. And its fused convolutions keep what they folded from the first
+        weights they saw, so new weights need a new binding.
+        """
+        module = mx.mod.Module(self._symbol, [DATA_NAME], [LABEL_NAME], context=self._contexts)
+        module.bind(*self._shapes, for_training=False)
+        arg_params, aux_params = self._read_params()
+        module.init_params(arg_params=arg_params, aux_params=aux_params)
+        return module
+
+    def _read_params(self) -> tuple[dict, dict]:
+        """Arguments and auxiliary states on the host, the latter averaged over the devices."""
+        # BatchNorm writes its moving statistics behind the dependency engine's back (on CPUs, in the backward pass).
+        mx.nd.waitall()
+        return self._module.get_params()
 
     def _images(self, batch: Batch) -> mx.nd.NDArray:
         return mx.nd.array(batch.images, dtype="float32")
