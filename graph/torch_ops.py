@@ -112,6 +112,9 @@ def _convolution_shapes(call: Attributes, data: Shape) -> Sequence[Shape]:
     return (filters, data[1] // groups, *call.integers("kernel")), (filters,)
 
 
+CONVOLUTIONS = {1: torch.conv1d, 2: torch.conv2d, 3: torch.conv3d}
+
+
 @op("Convolution", "Convolution_v1", shapes=_convolution_shapes)
 def convolution(call, data, weight, bias=None):
     kernel = call.integers("kernel")
@@ -124,8 +127,7 @@ def convolution(call, data, weight, bias=None):
     _check_layout(call)
     _check_bias(call, bias, default=False)
     call.ignore("workspace", "cudnn_tune", "cudnn_off")
-    target = {1: torch.conv1d, 2: torch.conv2d, 3: torch.conv3d}[rank]
-    return target(data, weight, bias, stride, pad, dilate, groups)
+    return CONVOLUTIONS[rank](data, weight, bias, stride, pad, dilate, groups)
 
 
 def _geometry(rank: int):
@@ -142,6 +144,9 @@ def _deconvolution_shapes(call: Attributes, data: Shape) -> Sequence[Shape]:
     return (data[1], filters // groups, *call.integers("kernel")), (filters,)
 
 
+TRANSPOSED_CONVOLUTIONS = {1: F.conv_transpose1d, 2: F.conv_transpose2d, 3: F.conv_transpose3d}
+
+
 @op("Deconvolution", shapes=_deconvolution_shapes)
 def deconvolution(call, data, weight, bias=None):
     kernel = call.integers("kernel")
@@ -156,18 +161,17 @@ def deconvolution(call, data, weight, bias=None):
     _check_layout(call)
     _check_bias(call, bias, default=True)
     call.ignore("workspace", "cudnn_tune", "cudnn_off")
-    transposed = {1: F.conv_transpose1d, 2: F.conv_transpose2d, 3: F.conv_transpose3d}[rank]
     if target is not None:
-        return call.function(deconvolution_to, transposed, data, weight, bias, stride, target, groups, dilate)
-    return transposed(data, weight, bias, stride, pad, adjust, groups, dilate)
+        return call.function(deconvolution_to, data, weight, bias, stride, target, groups, dilate)
+    return TRANSPOSED_CONVOLUTIONS[rank](data, weight, bias, stride, pad, adjust, groups, dilate)
 
 
-def deconvolution_to(transposed, data, weight, bias, stride, target, groups, dilate) -> Tensor:
+def deconvolution_to(data, weight, bias, stride, target, groups, dilate) -> Tensor:
     """Transposed convolution whose padding follows from the wanted output size; an odd rest is cut at the end."""
     sizes = zip(data.shape[2:], weight.shape[2:], stride, target, dilate)
     excess = [s * (size - 1) + d * (k - 1) + 1 - wanted for size, k, s, wanted, d in sizes]
     pad, adjust = [(e + 1) // 2 for e in excess], [e % 2 for e in excess]
-    return transposed(data, weight, bias, stride, pad, adjust, groups, dilate)
+    return TRANSPOSED_CONVOLUTIONS[len(stride)](data, weight, bias, stride, pad, adjust, groups, dilate)
 
 
 def _dense_shapes(call: Attributes, data: Shape) -> Sequence[Shape]:
@@ -378,14 +382,9 @@ def _tempered(call, data):
 
 @op("SoftmaxActivation")
 def softmax_activation(call, data):
-    if call.choice("mode", ("instance", "channel"), "instance") == "channel":
-        return torch.softmax(data, 1)
-    return call.function(softmax_instance, data)
-
-
-def softmax_instance(data: Tensor) -> Tensor:
-    """Softmax over everything but the first axis."""
-    return torch.softmax(data.reshape(data.shape[0], -1), 1).reshape(data.shape)
+    # "instance" is documented as a softmax over everything but the first axis; MXNet computes it over the last.
+    channel = call.choice("mode", ("instance", "channel"), "instance") == "channel"
+    return torch.softmax(data, 1 if channel else -1)
 
 
 class Dropout(nn.Module):
@@ -502,9 +501,9 @@ def pad(call, data):
     value = call.number("constant_value", 0.0)
     if len(width) != 2 * len(shape_of(data)):
         raise call.error(f"pad_width {width} does not fit data of shape {shape_of(data)}")
-    if any(width[:4]) and mode != "constant":
+    if any(width[:4]):
         raise call.error("padding of the first two axes is not supported")
-    pairs = [width[i : i + 2] for i in range(0 if mode == "constant" else 4, len(width), 2)]
+    pairs = [width[i : i + 2] for i in range(4, len(width), 2)]
     backwards = [number for pair in reversed(pairs) for number in pair]
     if mode == "constant":
         return F.pad(data, backwards, "constant", value)
@@ -674,10 +673,10 @@ def decode_reshape(shape: Sequence[int], codes: Sequence[int], reverse: bool) ->
     """The shape that MXNet's codes mean for data of `shape`; one -1 may remain.
 
     0 copies an axis, -1 is inferred, -2 copies all the rest, -3 multiplies the next two, -4 splits one into the two
-    numbers that follow (one may be -1). `reverse` matches from the right.
+    numbers that follow (one may be -1). `reverse` reads both lists from right to left.
     """
     if reverse:
-        shape, codes = list(reversed(shape)), _reversed_codes(codes)
+        shape, codes = list(reversed(shape)), list(reversed(codes))
     result: list[int] = []
     source, position = 0, 0
     while position < len(codes):
@@ -704,17 +703,6 @@ def decode_reshape(shape: Sequence[int], codes: Sequence[int], reverse: bool) ->
         else:
             raise ValueError(code)
     return list(reversed(result)) if reverse else result
-
-
-def _reversed_codes(codes: Sequence[int]) -> list[int]:
-    """Codes from right to left; a split keeps its marker before its two numbers."""
-    groups, position = [], 0
-    while position < len(codes):
-        length = 3 if codes[position] == -4 else 1
-        group = list(codes[position : position + length])
-        groups.append(group[:1] + group[:0:-1])
-        position += length
-    return [code for group in reversed(groups) for code in group]
 
 
 @op("reshape_like")
@@ -900,7 +888,7 @@ class SoftmaxOptions:
         label = label.reshape(rows.shape[0], 1, rows.shape[2])
         classes = rows.shape[1]
         target = torch.arange(classes, device=rows.device).view(1, -1, 1) == label
-        if self.smooth_alpha:
+        if self.smooth_alpha and not self.multi_output:  # MXNet smooths no labels of multi_output
             low = self.smooth_alpha / (classes - 1)
             target = torch.where(target, 1 - self.smooth_alpha, low)
         gradient = rows - target.to(rows.dtype)
@@ -953,6 +941,9 @@ def softmax_output(call, data, label):
     )
     if call.boolean("out_grad", False):
         raise call.error("out_grad=True is not supported (broken in MXNet 1.9.1)")
+    flat = len(shape_of(data)) == 2 or options.multi_output or options.preserve_shape
+    if not flat and label.node.meta.get("shape") != shape_of(data):
+        raise call.error(f"data of shape {shape_of(data)} needs multi_output or preserve_shape")
     return call.module(SoftmaxOutput(options), data, label)
 
 
@@ -981,4 +972,9 @@ class LossGradient(torch.autograd.Function):
 def make_loss(call, data):
     normalization = call.choice("normalization", ("null", "batch", "valid"), "null")
     scale, threshold = call.number("grad_scale", 1.0), call.number("valid_thresh", 0.0)
-    return call.function(LossGradient.apply, data, scale, normalization, threshold)
+    return call.function(constant_gradient, data, scale, normalization, threshold)
+
+
+def constant_gradient(data: Tensor, scale: float, normalization: str, threshold: float) -> Tensor:
+    """`data`, with the gradient of MakeLoss."""
+    return LossGradient.apply(data, scale, normalization, threshold)

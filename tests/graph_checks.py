@@ -1,0 +1,106 @@
+"""The same symbol in MXNet and as a PyTorch graph, from the same numbers: what the two computed, side by side."""
+
+from __future__ import annotations
+
+import zlib
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from graph.symbol_json import parse
+from graph.to_torch import load_params, named_tensors, names_of, read_params, to_torch
+from mxnet_compat import mx
+
+
+@dataclass
+class Results:
+    """Outputs, gradients by argument name and moving statistics of one forward and backward."""
+
+    outputs: list[np.ndarray]
+    gradients: dict[str, np.ndarray]
+    auxiliary: dict[str, np.ndarray]
+
+
+def value(name: str, shape: tuple) -> np.ndarray:
+    """Numbers that keep activations of deep networks in range, as tests/golden/README.md fills them in."""
+    rng = np.random.RandomState(zlib.crc32(name.encode()))
+    if name.endswith(("gamma", "_var")):
+        return rng.uniform(0.5, 1.5, shape).astype(np.float32)
+    if name.endswith("_weight"):
+        return (rng.normal(size=shape) * np.sqrt(2.0 / np.prod(shape[1:]))).astype(np.float32)
+    return (rng.normal(size=shape) * (0.1 if name.endswith(("_bias", "beta", "_mean")) else 1.0)).astype(np.float32)
+
+
+def fill(symbol, inputs: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Inputs as given and a value for everything else, "arg:NAME" and "aux:NAME"."""
+    shapes, _, aux_shapes = symbol.infer_shape(**{name: array.shape for name, array in inputs.items()})
+    filled = {f"arg:{n}": inputs.get(n, value(n, s)) for n, s in zip(symbol.list_arguments(), shapes)}
+    filled.update({f"aux:{n}": value(n, s) for n, s in zip(symbol.list_auxiliary_states(), aux_shapes)})
+    return filled
+
+
+def head_gradients(outputs: list) -> list[np.ndarray]:
+    rng = np.random.RandomState(7)
+    return [rng.normal(size=tuple(output.shape)).astype(np.float32) for output in outputs]
+
+
+def run_mxnet(symbol, inputs: dict[str, np.ndarray], train: bool, backward: bool = True) -> Results:
+    """Forward, and backward from random head gradients, on MXNet's CPU kernels."""
+    filled = fill(symbol, inputs)
+    args = {name: mx.nd.array(filled[f"arg:{name}"]) for name in symbol.list_arguments()}
+    aux = {name: mx.nd.array(filled[f"aux:{name}"]) for name in symbol.list_auxiliary_states()}
+    grads = {name: mx.nd.zeros(array.shape) for name, array in args.items()} if backward else None
+    bound = symbol.bind(mx.cpu(), args, args_grad=grads, aux_states=aux, grad_req="write" if backward else "null")
+    outputs = bound.forward(is_train=train)
+    if backward:
+        bound.backward([mx.nd.array(head) for head in head_gradients(outputs)])
+    mx.nd.waitall()
+    gradients = {name: array.asnumpy() for name, array in (grads or {}).items()}
+    return Results([o.asnumpy() for o in outputs], gradients, {name: array.asnumpy() for name, array in aux.items()})
+
+
+def translated(symbol, inputs: dict[str, np.ndarray]) -> torch.fx.GraphModule:
+    """The symbol as a PyTorch module that holds the values of `fill`."""
+    module = to_torch(parse(symbol.tojson()), {name: array.shape for name, array in inputs.items()})
+    filled = fill(symbol, inputs)
+    load_params(module, {name: filled[name] for name in named_tensors(module)})
+    return module
+
+
+def run_torch(symbol, inputs: dict[str, np.ndarray], train: bool, backward: bool = True) -> Results:
+    """The same as `run_mxnet` through the translated graph."""
+    module = translated(symbol, inputs).train(train)
+    tensors = {name: torch.from_numpy(inputs[name].copy()).requires_grad_(backward) for name in inputs}
+    outputs = module(*(tensors[name] for name in names_of(module).inputs))
+    outputs = list(outputs) if isinstance(outputs, tuple) else [outputs]
+    gradients = {}
+    if backward:
+        heads = [torch.from_numpy(head) for head in head_gradients(outputs)]
+        torch.autograd.backward(outputs, heads)
+        named = {**tensors, **{n[4:]: t for n, t in named_tensors(module).items() if n.startswith("arg:")}}
+        gradients = {n: np.zeros(t.shape, np.float32) if t.grad is None else t.grad.numpy() for n, t in named.items()}
+    auxiliary = {name[4:]: array for name, array in read_params(module).items() if name.startswith("aux:")}
+    return Results([output.detach().numpy() for output in outputs], gradients, auxiliary)
+
+
+def deviation(ours: np.ndarray, theirs: np.ndarray) -> float:
+    """max |a - b| / max |b|; infinite when the shapes differ."""
+    if ours.shape != theirs.shape:
+        return float("inf")
+    scale = float(np.abs(theirs).max()) if theirs.size else 0.0
+    worst = float(np.abs(ours - theirs).max()) if theirs.size else 0.0
+    return worst / scale if scale else worst
+
+
+def assert_same(symbol, inputs, *, train=True, backward=True, tolerance=1e-5, gradient_tolerance=1e-5) -> None:
+    """Both frameworks agree on outputs, gradients of every argument, and moving statistics."""
+    theirs = run_mxnet(symbol, inputs, train, backward)
+    ours = run_torch(symbol, inputs, train, backward)
+    assert len(ours.outputs) == len(theirs.outputs)
+    for mine, other in zip(ours.outputs, theirs.outputs):
+        assert deviation(mine, other) <= tolerance, "output"
+    for name, other in theirs.gradients.items():
+        assert deviation(ours.gradients[name], other) <= gradient_tolerance, f"gradient of {name}"
+    for name, other in theirs.auxiliary.items():
+        assert deviation(ours.auxiliary[name], other) <= tolerance, f"moving statistic {name}"
