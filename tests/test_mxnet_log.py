@@ -168,6 +168,11 @@ def test_namespace_with_values_that_are_no_literals():
     assert parse_namespace("Namespace(broken=") == {}
 
 
+def test_a_sentence_may_follow_a_figure():
+    (record,) = read_text_log(["Epoch[0] Validation-accuracy=0.5. Time cost=3.0, which is long"])
+    assert (record["validation"], record["seconds"]) == ({"top1": 0.5}, 3.0)
+
+
 def test_text_without_figures_gives_nothing():
     assert read_text_log(["Epoch by epoch we went", "accuracy=0.5", "Epoch[x] Train-accuracy=1"]) == []
 

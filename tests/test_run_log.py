@@ -194,7 +194,7 @@ def test_a_torn_last_line_is_passed_over(tmp_path):
         (b"\x89PNG\r\n\x1a\n" + bytes(range(256)), "no lines of a training log"),
         (b'{"type": "header"}\n', "no lines of a training log"),
         (b'{"some": "json"}\n', "no lines of a training log"),
-        (b'{"type": "train", "epoch": 1, "batch": 2}\n', "no epoch is finished"),
+        (b'{"type": "train", "epoch": 1, "update": 2}\n', "no epoch is finished"),
     ],
 )
 def test_files_that_are_no_log_are_named(tmp_path, content, complaint):
@@ -243,3 +243,16 @@ def test_a_bar_on_a_terminal():
     shown = screen.getvalue()
     for part in ("epoch 1/5", "50/100", "99.5 images/s", "top-5 95.00%", "rate 0.1", "waiting for data 25%"):
         assert part in shown
+
+
+def test_values_of_a_wrong_kind_are_no_figures(tmp_path):
+    lines = [
+        '{"type": "epoch", "epoch": 1, "update": 4, "lr": "x", "train": [], "validation": {"top1": 0.5, "loss": {}}}',
+        '{"type": "epoch", "epoch": "two", "update": 8}',
+        '{"type": "epoch", "epoch": 2}',
+        '["epoch"]',
+    ]
+    (tmp_path / "run.jsonl").write_text("\n".join(lines), encoding="utf-8")
+    run = read_run(tmp_path)
+    assert run.values("top1", "validation") == [0.5]
+    assert np.isnan([run.values("lr"), run.values("top1", "train"), run.values("loss", "validation")]).all()

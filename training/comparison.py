@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from training.curves import Group
-from training.run_log import Run
+from training.run_log import Run, number
 
 # Arguments that say where files lie or how a run is recorded; runs that differ in them did the same training.
 PLACES = {"log_dir", "model_prefix", "data_dir", "train_rec", "val_rec"}
@@ -73,7 +73,7 @@ def _final(metric: str) -> Callable[[Run], float]:
 
 
 def _header(name: str) -> Callable[[Run], float]:
-    return lambda run: math.nan if run.header.get(name) is None else float(run.header[name])
+    return lambda run: number(run.header.get(name))
 
 
 def _nan_or(function: Callable[[list[float]], float], values: list[float]) -> float:
@@ -141,8 +141,13 @@ class Row:
 
 def arguments_of(run: Run) -> dict[str, object]:
     """The run's arguments under one spelling (`lr_steps`)."""
-    given = run.header.get("arguments") or {}
+    given = _table_in_header(run, "arguments")
     return {name.lstrip("-").replace("-", "_"): value for name, value in given.items()}
+
+
+def _table_in_header(run: Run, name: str) -> dict[str, object]:
+    value = run.header.get(name)
+    return value if isinstance(value, dict) else {}
 
 
 def group_by_seed(runs: Sequence[Run]) -> list[Group]:
@@ -301,7 +306,7 @@ def differences(groups: Sequence[Group]) -> list[tuple[str, list[str], bool]]:
 def _told(run: Run) -> dict[str, str]:
     arguments = arguments_of(run)
     facts = {name: run.header[name] for name in FACTS if name in run.header and name not in arguments}
-    versions = {f"version of {name}": value for name, value in (run.header.get("versions") or {}).items()}
+    versions = {f"version of {name}": value for name, value in _table_in_header(run, "versions").items()}
     return {name: _value_text(value) for name, value in {**facts, **arguments, **versions}.items()}
 
 

@@ -20,9 +20,9 @@ import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
-_NUMBER = r"[-+]?(?:nan|inf|\d[\d.]*(?:[eE][-+]?\d+)?)"
-_EPOCH = re.compile(r"(?:\b(?:Epoch|Iter)\s?\[(\d+)\]|\[Epoch (\d+)\])(.*)")
-_BATCH = re.compile(r"\s+Batch\s*\[(?:(\d+)-)?(\d+)\]")
+_NUMBER = r"[-+]?(?:nan|inf|\d+(?:\.\d*)?(?:[eE][-+]?\d+)?)"
+_EPOCH = re.compile(r"(?:\b(?:Epoch|Iter)\s?\[(\d{1,9})\]|\[Epoch (\d{1,9})\])(.*)")
+_BATCH = re.compile(r"\s+Batch\s*\[(?:(\d{1,9})-)?(\d{1,9})\]")
 _SPEED = re.compile(rf"Speed:\s*({_NUMBER})")
 _TIME_COST = re.compile(rf"Time cost=({_NUMBER})")
 _METRIC = re.compile(rf"(?:\b(Train|Validation)-)?\b([a-zA-Z][\w-]*)=({_NUMBER})")

@@ -247,8 +247,18 @@ def _whole_lines(content: bytes) -> Iterator[tuple[bytes, dict]]:
             record = json.loads(line)
         except ValueError:
             continue
-        if isinstance(record, dict) and record.get("type") in RECORD_TYPES:
+        if not isinstance(record, dict) or record.get("type") not in RECORD_TYPES:
+            continue
+        if record["type"] == "header" or all(isinstance(record.get(key), int) for key in ("epoch", "update")):
             yield line + b"\n", record
+
+
+def number(value: object) -> float:
+    """A logged figure; NaN for what is no number that a curve could show."""
+    try:
+        return float(value) if isinstance(value, (int, float)) else math.nan
+    except OverflowError:
+        return math.nan
 
 
 @dataclass
@@ -268,8 +278,9 @@ class Run:
 
     def values(self, metric: str, part: str | None = None) -> list[float]:
         """A figure of every epoch, such as ("lr") or ("top1", "validation"); NaN where the log has none."""
-        rows = [(row.get(part) or {}) if part else row for row in self.epochs]
-        return [math.nan if row.get(metric) is None else float(row[metric]) for row in rows]
+        rows = [row.get(part) if part else row for row in self.epochs]
+        values = [row.get(metric) if isinstance(row, Mapping) else None for row in rows]
+        return [number(value) for value in values]
 
     def best_epoch(self) -> tuple[int, float] | None:
         """(epoch, accuracy) of the best top-1 on validation, or on training where there is no validation."""
