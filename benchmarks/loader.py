@@ -4,6 +4,8 @@ One pack of photograph-like JPEGs, random-resized crop (area 8 to 100 %, aspect 
 uint8 out. Every measurement is a process of its own; the contenders alternate, round by round. ImageRecordIter first
 tries several numbers of threads and then runs with its best, in whichever of its kinds (uint8, float32) is faster.
 
+After that the loader alone with other pictures and augmentations.
+
     python -m benchmarks.loader
 """
 
@@ -150,13 +152,46 @@ def compare(args: argparse.Namespace, path: Path) -> None:
     print(f"loader / bare decoding: median {statistics.median(fractions):.0%}")
 
 
+def loader_alone(folder: Path, threads: int, batch_size: int, seconds: float = 3.0) -> None:
+    """Images/s of our loader with other pictures and augmentations."""
+    import cv2
+
+    from data_prep.recordio import Header, RecordFile, RecordWriter, pack
+    from training.augment import AugmentOptions, train_augmenter
+    from training.loader import Loader
+    from training.loader_speed import measure_loader
+
+    photographs, large, small = (folder / name for name in ("pictures.rec", "large.rec", "small.rec"))
+    make_pack(large, 300, 512, 95)
+    rng = np.random.default_rng(0)
+    with RecordWriter(small) as writer:
+        for index in range(3000):
+            picture = cv2.cvtColor(synthetic_photograph(rng, 28, 28), cv2.COLOR_RGB2GRAY)
+            writer.write(index, pack(Header(0, float(index % 10), index), cv2.imencode(".png", picture)[1].tobytes()))
+    rows = [("256 px JPEG", photographs, AugmentOptions(CROP, aug_level=level)) for level in (1, 2, 3)]
+    rows.append(("512 px JPEG", large, AugmentOptions(CROP, min_random_area=AREA[0])))
+    rows.append(("28 px PNG", small, AugmentOptions(28, pad=2)))
+    for name, path, options in rows:
+        shape = (3, options.image_size, options.image_size)
+        loader = Loader(RecordFile(path), batch_size, shape, augment=train_augmenter(options), threads=threads)
+        measure_loader(loader, seconds / 3)
+        processor = time.process_time()
+        figures = measure_loader(loader, seconds)
+        spent = (time.process_time() - processor) / figures.images
+        crop = "random-resized crop" if options.random_resized else "random crop"
+        print(
+            f"loader alone, {name}, level {options.aug_level}, {crop} to {options.image_size}: "
+            f"{figures.images_per_second:,.0f} images/s, {spent * 1e6:,.0f} us of processor time an image"
+        )
+
+
 def main() -> int:
     from training.loader import processors
 
     parser = argparse.ArgumentParser(
         description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
-    parser.add_argument("--images", type=int, default=3000, help="pictures in the pack")
+    parser.add_argument("--images", type=int, default=2000, help="pictures in the pack")
     parser.add_argument("--size", type=int, default=256, help="their height and width in pixels")
     parser.add_argument("--quality", type=int, default=95, help="their JPEG quality")
     parser.add_argument("--batch-size", type=int, default=64, help="images a batch")
@@ -175,6 +210,7 @@ def main() -> int:
             kilobytes = make_pack(path, args.images, args.size, args.quality)
             print(f"{args.images} JPEGs of {args.size} x {args.size} pixels, {kilobytes:.1f} KB each", flush=True)
             compare(args, path)
+            loader_alone(Path(folder), args.threads, args.batch_size)
     return 0
 
 

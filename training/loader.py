@@ -23,7 +23,7 @@ from weakref import WeakSet
 import cv2
 import numpy as np
 
-from data_prep.decode import DecodeError, decode_image, image_size, reduction
+from data_prep.decode import DecodeError, Scratch, decode_image, image_size, reduction
 from data_prep.recordio import RecordError, RecordFile
 from engines.base import Batch
 from errors import OptionError, ProjectError, UsageError
@@ -130,6 +130,7 @@ class Loader:
         self.num_parts, self.part_index = num_parts, part_index
         self.wait_seconds = 0.0
         self.skipped = 0
+        self._per_thread = threading.local()
         self._pools: WeakSet[ThreadPoolExecutor] = WeakSet()
         self._closed = False
 
@@ -266,11 +267,18 @@ class Loader:
         return int(header.label if header.flag == 0 else header.label[0])
 
     def _pixels(self, data: memoryview, rng: np.random.Generator) -> np.ndarray:
+        """The augmented image; it may lie in the thread's scratch memory, which the next one overwrites."""
+        scratch = self._scratch()
         if self.augment is None:
-            return decode_image(data)
+            return decode_image(data, scratch=scratch)
         size = image_size(data) if isinstance(self.augment, Augmenter) else None
         if size is None:
-            return self.augment(decode_image(data), rng)
+            return self.augment(decode_image(data, scratch=scratch), rng)
         window = self.augment.window(*size, rng)
         reduced = reduction(window.height, window.width, window.out_height, window.out_width)
-        return self.augment.finish(decode_image(data, reduced), window, rng, reduced)
+        return self.augment.finish(decode_image(data, reduced, scratch), window, rng, reduced)
+
+    def _scratch(self) -> Scratch:
+        if not hasattr(self._per_thread, "scratch"):
+            self._per_thread.scratch = Scratch()
+        return self._per_thread.scratch
