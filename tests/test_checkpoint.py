@@ -6,6 +6,7 @@ import json
 import logging
 import os
 import pickle
+import re
 import resource
 import signal
 import subprocess
@@ -17,17 +18,16 @@ import numpy as np
 import pytest
 
 from engines.base import TrainState
-from errors import UsageError
+from errors import UsageError, run_command
 from graph.params_file import read_arrays, write_arrays
-from training import checkpoint
+from training import checkpoint, checkpoint_tools
 from training.checkpoint import (
     CheckpointError,
     DamagedCheckpointError,
     PrefixLock,
     check_params,
-    check_symbol,
     find_latest,
-    list_checkpoints,
+    iter_checkpoints,
     load_best,
     load_checkpoint,
     load_params,
@@ -128,7 +128,7 @@ def test_other_prefixes_are_left_alone(prefix):
     save(prefix, 1)
     save(prefix.with_name("net-big"), 2)
     save(prefix.with_name("net-0001"), 9)
-    assert [entry.epoch for entry in list_checkpoints(prefix)] == [1]
+    assert [entry.epoch for entry in iter_checkpoints(prefix)] == [1]
     assert find_latest(prefix)[0].epoch == 1
     prune(prefix, 0)
     assert find_latest(prefix.with_name("net-big"))[0].epoch == 2
@@ -236,10 +236,11 @@ def test_nothing_there(prefix):
         load_checkpoint(prefix, 3)
 
 
-def test_all_damaged(prefix):
+@pytest.mark.parametrize("damage", [cut, Path.unlink])
+def test_all_damaged(prefix, damage):
     save(prefix, 1)
     save(prefix, 2)
-    Path(f"{prefix}-symbol.json").write_text("{}")
+    damage(Path(f"{prefix}-symbol.json"))
     latest, passed_over = find_latest(prefix)
     assert latest is None
     assert [path.name for path, _reason in passed_over] == ["net-0002", "net-0001"]
@@ -296,7 +297,7 @@ def test_keep(prefix, keep):
     for epoch in range(1, 6):
         save(prefix, epoch)
     deleted = prune(prefix, keep)
-    left = [entry.epoch for entry in list_checkpoints(prefix)]
+    left = [entry.epoch for entry in iter_checkpoints(prefix)]
     assert left == list(range(1, 6))[-(keep or 5) :]
     assert len(deleted) == 5 - len(left)
 
@@ -304,7 +305,7 @@ def test_keep(prefix, keep):
 def test_protected_checkpoint_is_not_deleted(prefix):
     paths = [save(prefix, epoch) for epoch in range(1, 6)]
     prune(prefix, 1, protect=[paths[0], prefix.parent / "net-0002", prefix.parent / "net-0003.params"])
-    assert [entry.epoch for entry in list_checkpoints(prefix)] == [1, 2, 3, 5]
+    assert [entry.epoch for entry in iter_checkpoints(prefix)] == [1, 2, 3, 5]
 
 
 def test_damaged_checkpoints_do_not_count_as_kept(prefix):
@@ -313,7 +314,7 @@ def test_damaged_checkpoints_do_not_count_as_kept(prefix):
     cut(Path(f"{prefix}-0005.params"))
     cut(Path(f"{prefix}-0002.params"))
     prune(prefix, 2)
-    assert [entry.epoch for entry in list_checkpoints(prefix)] == [3, 4, 5]
+    assert [entry.epoch for entry in iter_checkpoints(prefix)] == [3, 4, 5]
 
 
 def test_checkpoints_within_epochs_do_not_pile_up(prefix):
@@ -322,10 +323,10 @@ def test_checkpoints_within_epochs_do_not_pile_up(prefix):
             save(prefix, epoch, batch=batch)
         save(prefix, epoch + 1)
         prune(prefix, None)
-    found = [(entry.epoch, entry.batch) for entry in list_checkpoints(prefix)]
+    found = [(entry.epoch, entry.batch) for entry in iter_checkpoints(prefix)]
     assert found == [(2, 0), (2, 6), (2, 9), (3, 0)]
     prune(prefix, 2)
-    assert [(entry.epoch, entry.batch) for entry in list_checkpoints(prefix)] == [(2, 9), (3, 0)]
+    assert [(entry.epoch, entry.batch) for entry in iter_checkpoints(prefix)] == [(2, 9), (3, 0)]
 
 
 def test_files_of_others_are_not_pruned(prefix):
@@ -333,7 +334,7 @@ def test_files_of_others_are_not_pruned(prefix):
     for epoch in (2, 3):
         save(prefix, epoch)
     prune(prefix, 1)
-    assert [entry.epoch for entry in list_checkpoints(prefix)] == [1, 3]
+    assert [entry.epoch for entry in iter_checkpoints(prefix)] == [1, 3]
 
 
 # ---------------------------------------------------------------------------- failing disks
@@ -424,14 +425,12 @@ def test_directory_replaced_by_a_file(tmp_path):
         save(tmp_path / "model" / "net", 1)
 
 
-def test_another_network_does_not_replace_the_graph_of_checkpoints(prefix):
+def test_changed_graph_is_no_damage(prefix):
+    """Resuming with another option (dropout, say) changes the graph that all checkpoints of the prefix share."""
     save(prefix, 1)
-    with pytest.raises(UsageError, match="another network"):
-        check_symbol(prefix, "{}")
-    with pytest.raises(CheckpointError, match="another network"):
-        save_checkpoint(prefix, 1, make_state(), symbol_json="{}", manifest={})
-    assert load_checkpoint(prefix, 1).symbol_json == SYMBOL
-    check_symbol(prefix, SYMBOL)
+    other = '{"nodes": [], "attrs": {}}'
+    save_checkpoint(prefix, 2, make_state(20), symbol_json=other, manifest={})
+    assert load_checkpoint(prefix, 2).symbol_json == load_checkpoint(prefix, 1).symbol_json == other
 
 
 # ---------------------------------------------------------------------------- kills
@@ -467,7 +466,7 @@ def test_kills_at_random_moments_never_cost_a_checkpoint(prefix):
         with PrefixLock(prefix):  # the killed run's lock is stale
             assert find_latest(prefix)[1] == []
             prune(prefix, 2)  # finishes a deletion that the kill cut short
-            assert {entry.problem for entry in list_checkpoints(prefix)} <= {None}
+            assert {entry.problem for entry in iter_checkpoints(prefix)} <= {None}
             assert not [name for name in names(prefix.parent) if name.endswith(".tmp")]
     assert load_best(prefix).state.updates > 0
 
@@ -569,3 +568,194 @@ def test_lock_file_that_says_nothing_is_stale(prefix, content):
 def test_read_arrays_is_what_mxnet_users_see(prefix):
     save(prefix, 1)
     assert list(read_arrays(f"{prefix}-0001.params")) == ["arg:fc_weight", "aux:bn_moving_mean"]
+
+
+# ---------------------------------------------------------------------------- python -m training.checkpoint
+
+
+def run_tool(capsys, *arguments: object) -> tuple[int, str, str]:
+    """Exit status, stdout and stderr of the command."""
+    status = run_command(lambda: checkpoint_tools.main([str(argument) for argument in arguments]))
+    captured = capsys.readouterr()
+    return status, captured.out, captured.err
+
+
+def test_show(prefix, capsys):
+    rates = {"train": {"top1": 0.25}, "validation": {"top1": 0.5}}
+    save(prefix, 1, manifest={"metrics": rates})
+    save_best(save(prefix, 2, manifest={"metrics": {"train": None}}))
+    save(prefix, 2, batch=5, manifest={})
+    status, out, _ = run_tool(capsys, "show", prefix)
+    rows = [line.split() for line in out.splitlines()[1:]]
+    assert status == 0
+    assert rows[0] == ["net-0001", "1", "10", "25.00%", "50.00%", "0.0", "MB", "whole"]
+    assert [row[0] for row in rows] == ["net-0001", "net-best", "net-0002", "net-0002b0000005"]
+    assert {row[-1] for row in rows} == {"whole"}
+
+
+def test_show_tells_what_is_wrong(prefix, capsys):
+    save(prefix, 1)
+    save(prefix, 2).write_text("{")
+    flip(Path(f"{prefix}-0001.params"))
+    write_arrays(f"{prefix}-0009.params", make_state().params)
+    status, out, _ = run_tool(capsys, "show", prefix)
+    assert status == 1
+    assert "net-0001.params has changed since it was saved" in out
+    assert "net-0002.json: not JSON" in out
+    assert "no manifest: only its .params can be loaded" in out
+    assert run_tool(capsys, "show", "--quick", prefix)[1].count("whole") == 1
+
+
+def test_show_of_other_programs_checkpoints_is_fine_unless_damaged(prefix, capsys):
+    write_arrays(f"{prefix}-0050.params", make_state().params)
+    assert run_tool(capsys, "show", prefix)[0] == 0
+    cut(Path(f"{prefix}-0050.params"))
+    status, out, _ = run_tool(capsys, "show", prefix)
+    assert status == 1
+    assert "ends inside" in out
+
+
+def test_show_as_json(prefix, capsys):
+    save(prefix, 1)
+    status, out, _ = run_tool(capsys, "show", "--json", prefix)
+    (line,) = out.splitlines()
+    record = json.loads(line)
+    assert status == 0
+    assert (record["epoch"], record["updates"], record["valid"]) == (1, 10, True)
+    assert record["metrics"] == {"validation": {"top1": 0.5}}
+
+
+def test_show_nothing(prefix, capsys):
+    status, _, err = run_tool(capsys, "show", prefix)
+    assert status == 2
+    assert err.startswith("error: no checkpoints under")
+    assert err.count("\n") == 1
+
+
+def test_diff(prefix, capsys):
+    state = make_state(10)
+    save_checkpoint(prefix, 1, state, symbol_json=SYMBOL, manifest={})
+    save_checkpoint(prefix.with_name("same"), 1, state, symbol_json=SYMBOL, manifest={})
+    status, out, _ = run_tool(capsys, "diff", f"{prefix}-0001", f"{prefix.with_name('same')}-0001.states")
+    assert (status, out) == (0, "the same (3 arrays)\n")
+
+    other = make_state(10)
+    other.params["arg:fc_weight"][0, 1] += 1
+    other.params["arg:new"] = np.ones(4, np.float32)
+    other.params["aux:bn_moving_mean"] = np.ones((3, 1), np.float32)
+    other.optimizer = {}
+    other.updates = 11
+    save_checkpoint(prefix.with_name("other"), 1, other, symbol_json=SYMBOL, manifest={})
+    status, out, _ = run_tool(capsys, "diff", f"{prefix}-0001.json", f"{prefix.with_name('other')}-0001.params")
+    lines = out.splitlines()
+    assert status == 1
+    assert "1 of 6 values differ, by 1 at most" in lines[0]
+    assert lines[1] == "aux:bn_moving_mean: float32 (2,) in A, float32 (3, 1) in B"
+    assert lines[2] == "arg:new: only in B, float32 (4,)"
+    assert lines[3] == "momentum:fc_weight: only in A, float32 (2, 3)"
+    assert lines[4] == "updates: 10 in A, 11 in B"
+    assert lines[5] == "5 differences, 0 arrays are the same"
+    status, out, _ = run_tool(
+        capsys, "diff", "--params-only", f"{prefix}-0001.json", f"{prefix.with_name('other')}-0001.params"
+    )
+    assert (status, out.splitlines()[-1]) == (1, "3 differences, 0 arrays are the same")
+
+
+def test_diff_sees_every_bit(prefix, capsys):
+    for name, values in (("a", [0.0, 1.0]), ("b", [-0.0, 1.0]), ("c", [np.nan, 1.0])):
+        write_arrays(prefix.with_name(name), {"arg:x": np.array(values, np.float32)})
+        prefix.with_name(name).rename(prefix.with_name(f"{name}-0001.params"))
+    a, b, c = (f"{prefix.with_name(name)}-0001" for name in "abc")
+    assert "1 of 2 values differ, by 0 at most" in run_tool(capsys, "diff", a, b)[1]
+    assert run_tool(capsys, "diff", c, c)[0] == 0
+    assert "by nan at most" in run_tool(capsys, "diff", a, c)[1]
+
+
+def test_diff_of_what_is_not_there(prefix, capsys):
+    save(prefix, 1)
+    status, _, err = run_tool(capsys, "diff", f"{prefix}-0001", f"{prefix}-0002")
+    assert status == 2
+    assert "no checkpoint" in err
+
+
+def test_convert_renames_and_strips(prefix, capsys):
+    save(prefix, 1)
+    target = prefix.with_name("new-0000")
+    status, out, _ = run_tool(
+        capsys, "convert", f"{prefix}-0001", target, "--strip", "bn_*", "--rename", r"^(\w+)_weight$=head_\1_weight"
+    )
+    assert status == 0
+    assert "1 parameters, 1 renamed, 1 left out" in out
+    found = load_checkpoint(prefix.with_name("new"), 0)
+    assert list(found.state.params) == ["arg:head_fc_weight"]
+    assert found.state.optimizer == {}
+    assert np.array_equal(found.state.params["arg:head_fc_weight"], make_state(10).params["arg:fc_weight"])
+
+
+def test_convert_with_states(prefix, capsys):
+    save(prefix, 1)
+    target = prefix.with_name("new-0000")
+    assert run_tool(capsys, "convert", f"{prefix}-0001", target, "--states", "--rename", "fc=head")[0] == 0
+    found = load_checkpoint(prefix.with_name("new"), 0)
+    assert list(found.state.optimizer) == ["momentum:head_weight"]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--strip", "conv*"], "no parameter of .* matches conv"),
+        (["--rename", "conv=x"], "no parameter of .* matches conv=x"),
+        (["--rename", "fc"], "expected REGEX=NEW"),
+        (["--rename", "(=x"], "--rename"),
+        (["--rename", r"fc=\3"], "invalid group reference"),
+    ],
+)
+def test_convert_refuses(prefix, capsys, options, message):
+    save(prefix, 1)
+    status, _, err = run_tool(capsys, "convert", f"{prefix}-0001", prefix.with_name("new-0000"), *options)
+    assert status == 2
+    assert re.search(message, err)
+    assert err.count("\n") == 1
+    assert not prefix.with_name("new-0000.params").exists()
+
+
+def test_convert_refuses_two_of_one_name(prefix, capsys):
+    write_arrays(f"{prefix}-0001.params", {"arg:a1": np.ones(1), "arg:a2": np.ones(1)})
+    status, _, err = run_tool(capsys, "convert", f"{prefix}-0001", prefix.with_name("new-0000"), "--rename", r"\d=")
+    assert status == 2
+    assert "two parameters would both be called arg:a" in err
+
+
+def test_convert_overwrites_only_when_told(prefix, capsys):
+    save(prefix, 1)
+    target = prefix.with_name("new-0000")
+    assert run_tool(capsys, "convert", f"{prefix}-0001", target)[0] == 0
+    status, _, err = run_tool(capsys, "convert", f"{prefix}-0001", target)
+    assert status == 2
+    assert "--force" in err
+    assert run_tool(capsys, "convert", f"{prefix}-0001", target, "--force")[0] == 0
+    save(prefix, 2)
+    status, _, err = run_tool(capsys, "convert", f"{prefix}-0001", f"{prefix}-0002", "--force")
+    assert status == 2
+    assert "is a checkpoint of a run" in err
+
+
+def test_command_line(prefix):
+    """The module runs as a command, says what it can do, and needs no MXNet."""
+    save(prefix, 1)
+    code = (
+        "import sys, runpy; sys.modules['mxnet'] = None; sys.argv[0] = 'checkpoint';"
+        "runpy.run_module('training.checkpoint', run_name='__main__')"
+    )
+    for arguments, status, expected in (
+        (["show", str(prefix)], 0, "net-0001"),
+        (["--help"], 0, "convert"),
+        (["diff", f"{prefix}-0001", f"{prefix}-0002"], 2, ""),
+        ([], 2, ""),
+    ):
+        result = subprocess.run(
+            [sys.executable, "-c", code, *arguments], capture_output=True, text=True, cwd=ROOT, check=False
+        )
+        assert result.returncode == status, result.stderr
+        assert expected in result.stdout
+        assert "Traceback" not in result.stderr

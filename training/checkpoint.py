@@ -24,7 +24,7 @@ import re
 import shutil
 import sys
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -92,6 +92,11 @@ class Entry:
     manifest: dict | None
     size: int
     problem: str | None
+
+    @property
+    def lacks_manifest(self) -> bool:
+        """Whether another program wrote it (or a kill or somebody took its manifest away)."""
+        return not Path(f"{self.stem}.json").exists()
 
     @property
     def is_best(self) -> bool:
@@ -286,25 +291,8 @@ def _finish_renames(stem: Path, leftovers: Mapping[str, Path]) -> None:
     atomic_file.sync_directory(stem.parent)
 
 
-def check_symbol(prefix: str | os.PathLike[str], symbol_json: str) -> None:
-    """Raise UsageError when checkpoints of another graph are there: this one would replace theirs."""
-    path = symbol_path(prefix)
-    if _file_problem(path, _describe_bytes(symbol_json.encode())) is None or not path.exists():
-        return
-    there = _describe_bytes(path.read_bytes())
-    for entry in _entries(prefix):
-        if entry.manifest and entry.manifest["files"]["symbol"] == there:
-            raise UsageError(
-                f"{path} holds another network, which {entry.stem.name} and perhaps others need; "
-                "choose another prefix, or remove those checkpoints"
-            )
-
-
 def _write_symbol(prefix: str | os.PathLike[str], symbol_json: str) -> None:
-    try:
-        check_symbol(prefix, symbol_json)
-    except UsageError as error:
-        raise CheckpointError(str(error)) from error
+    """Write the graph's file if it is another one: a changed option (dropout, say) may change it within a run."""
     path = symbol_path(prefix)
     if _file_problem(path, _describe_bytes(symbol_json.encode())) is not None:
         atomic_file.write_text(path, symbol_json)
@@ -317,10 +305,7 @@ def _make_directory(directory: Path) -> None:
 
 
 def _save_failure(stem: Path, error: OSError) -> str:
-    return (
-        f"checkpoint {stem} was not saved: {error.strerror or error}; earlier checkpoints are untouched; "
-        "make room or make the directory writable"
-    )
+    return f"checkpoint {stem} was not saved: {error.strerror or error}; make room or make the directory writable"
 
 
 def _to_json(record: Mapping[str, object]) -> bytes:
@@ -348,7 +333,15 @@ def load_best(prefix: str | os.PathLike[str]) -> Checkpoint:
 
 def load_params(prefix: str | os.PathLike[str], epoch: int) -> dict[str, np.ndarray]:
     """The parameters alone, "arg:NAME" and "aux:NAME" -> array, whatever the manifest says or lacks."""
-    return _read_named(Path(f"{checkpoint_stem(prefix, epoch)}.params"))
+    return load_params_file(Path(f"{checkpoint_stem(prefix, epoch)}.params"))
+
+
+def load_params_file(path: Path) -> dict[str, np.ndarray]:
+    """The arrays of a `.params` file by name; raises ParamsFileError, which is a UsageError."""
+    arrays = read_arrays(path)
+    if not isinstance(arrays, dict):
+        raise ParamsFileError(f"{path}: the arrays have no names")
+    return arrays
 
 
 def load_stem(stem: str | os.PathLike[str]) -> Checkpoint:
@@ -362,7 +355,7 @@ def load_stem(stem: str | os.PathLike[str]) -> Checkpoint:
     if problem:
         raise DamagedCheckpointError(problem)
     try:
-        params, optimizer = _read_named(params_path), _read_named(Path(f"{stem}.states"))
+        params, optimizer = load_params_file(params_path), load_params_file(Path(f"{stem}.states"))
     except ParamsFileError as error:
         raise DamagedCheckpointError(str(error)) from error
     state = TrainState(params, optimizer, manifest["updates"])
@@ -388,12 +381,11 @@ def find_latest(prefix: str | os.PathLike[str]) -> tuple[Checkpoint | None, list
     return None, passed_over + _unreadable(entries, (-1, -1))
 
 
-def list_checkpoints(prefix: str | os.PathLike[str], *, hashes: bool = True) -> list[Entry]:
-    """Every checkpoint of a prefix, in the order of saving, each checked (`hashes=False`: sizes only)."""
-    entries = sorted(_entries(prefix), key=lambda entry: entry.order)
-    for entry in entries:
+def iter_checkpoints(prefix: str | os.PathLike[str], *, hashes: bool = True) -> Iterator[Entry]:
+    """Every checkpoint of a prefix in the order of saving, each checked as it comes (`hashes=False`: sizes only)."""
+    for entry in sorted(_entries(prefix), key=lambda entry: entry.order):
         entry.problem = verify(entry.stem, hashes=hashes)
-    return entries
+        yield entry
 
 
 def verify(stem: str | os.PathLike[str], *, hashes: bool = True) -> str | None:
@@ -477,7 +469,7 @@ def _stem_of_file(path: str | os.PathLike[str]) -> Path:
 def _load_without_manifest(stem: Path) -> Checkpoint:
     path = Path(f"{stem}.params")
     try:
-        state = TrainState(_read_named(path))
+        state = TrainState(load_params_file(path))
         _add_states_without_manifest(state, Path(f"{stem}.states"))
     except ParamsFileError as error:
         raise DamagedCheckpointError(str(error)) from error
@@ -494,18 +486,11 @@ def _add_states_without_manifest(state: TrainState, path: Path) -> None:
     if not path.exists():
         return
     if is_array_list(path):
-        state.optimizer = _read_named(path)
+        state.optimizer = load_params_file(path)
         return
     names = [name[len("arg:") :] for name in state.params if name.startswith("arg:")]
     states = read_module_states(path, names)
     state.optimizer, state.updates = states.optimizer, states.updates or 0
-
-
-def _read_named(path: Path) -> dict[str, np.ndarray]:
-    arrays = read_arrays(path)
-    if not isinstance(arrays, dict):
-        raise ParamsFileError(f"{path}: the arrays have no names")
-    return arrays
 
 
 def _read_manifest(path: Path) -> dict:
@@ -532,16 +517,21 @@ def _read_manifest(path: Path) -> dict:
 
 
 def _files_problem(stem: Path, manifest: dict, *, hashes: bool) -> str | None:
-    paths = {
-        "params": Path(f"{stem}.params"),
-        "states": Path(f"{stem}.states"),
-        "symbol": symbol_path(_prefix_of(stem)),
-    }
-    for role, path in paths.items():
-        problem = _file_problem(path, manifest["files"][role], hashes=hashes)
+    for role in ("params", "states"):
+        problem = _file_problem(Path(f"{stem}.{role}"), manifest["files"][role], hashes=hashes)
         if problem:
             return problem
-    return None
+    path = symbol_path(_prefix_of(stem))
+    problem = _file_problem(path, manifest["files"]["symbol"])
+    # The prefix's checkpoints share this file, and a later one may have brought another graph: that is no damage.
+    return problem if problem and not _is_graph(path) else None
+
+
+def _is_graph(path: Path) -> bool:
+    try:
+        return "nodes" in json.loads(path.read_bytes())
+    except (OSError, ValueError, TypeError, RecursionError):
+        return False
 
 
 def _file_problem(path: Path, described: Mapping[str, object], *, hashes: bool = True) -> str | None:
