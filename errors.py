@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import sys
 from typing import Callable
 
@@ -29,6 +30,8 @@ def run_command(main: Callable[[], int | None]) -> int:
 
     Returns the exit status: what `main` returned (None counts as 0), 1 or 2 for errors, 130 after Ctrl-C.
     """
+    # Warnings of the rooms (a rebuilt index, a directory made again) in the same form as errors.
+    logging.basicConfig(format="%(levelname)s: %(message)s")
     try:
         return main() or 0
     except ProjectError as error:

@@ -31,8 +31,8 @@ def main(argv: list[str] | None = None) -> int:
             start = choose_start(args, network.shapes, data.train.steps_per_epoch)
             engine = make_engine(args, network)
             engine.set_state(start.state)
-            log = open_log(args, network, data, start)
             saver = make_saver(args, network, data, start)
+            log = open_log(args, network, data, start)
             trainer = Trainer(engine, start.schedule, data, log, saver, args)
             try:
                 return trainer.run(start.position)

@@ -6,9 +6,24 @@ from dataclasses import asdict
 from pathlib import Path
 
 from engines.base import TrainState
-from training.checkpoint import checkpoint_stem, prune, save_best, save_checkpoint
+from training.checkpoint import (
+    EXTENSIONS,
+    checkpoint_stem,
+    iter_checkpoints,
+    prune,
+    save_best,
+    save_checkpoint,
+)
 from training.position import Position
 from training.schedule import Schedule
+
+
+def remove_checkpoints(prefix: str) -> None:
+    """Delete every checkpoint that a run of ours left under `prefix`; files without our manifest stay."""
+    for entry in list(iter_checkpoints(prefix, hashes=False)):
+        if entry.manifest:
+            for extension in EXTENSIONS:
+                Path(f"{entry.stem}.{extension}").unlink(missing_ok=True)
 
 
 class Saver:

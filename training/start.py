@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import glob
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,6 +14,7 @@ from training.checkpoint import Checkpoint, check_params, find_latest, load_chec
 from training.initializer import initial_params
 from training.options import DEFAULT_LR
 from training.position import Position
+from training.saving import remove_checkpoints
 from training.schedule import Schedule, make_schedule
 
 Shape = tuple
@@ -47,8 +49,7 @@ def choose_start(args: argparse.Namespace, shapes: Mapping[str, Shape], steps_pe
         checkpoint = load_checkpoint(args.model_load_prefix, args.model_load_epoch)
         follow = _continue if args.retrain else _finetune
         return follow(args, checkpoint, shapes, steps_per_epoch, [])
-    if not args.overwrite:
-        _refuse_used_prefix(args.model_prefix)
+    _claim_prefix(args)
     return _from_scratch(args, shapes, steps_per_epoch, [])
 
 
@@ -101,8 +102,7 @@ def _continue(args, checkpoint: Checkpoint, shapes, steps_per_epoch: int, messag
 
 def _finetune(args, checkpoint: Checkpoint, shapes, steps_per_epoch: int, messages: list[str]) -> Start:
     """A fresh schedule on loaded weights; a classifier with another number of classes starts anew."""
-    if not args.overwrite:
-        _refuse_used_prefix(args.model_prefix)
+    _claim_prefix(args)
     start = _from_scratch(args, shapes, steps_per_epoch, messages)
     loaded = dict(checkpoint.state.params)
     for name in _classifier_of_other_size(shapes, loaded):
@@ -141,10 +141,13 @@ def _continued_schedule(args, steps_per_epoch: int, manifest: dict | None, updat
     return _schedule(args, steps_per_epoch, manifest["schedule"]["base_lr"], manifest["schedule"]["begin"])
 
 
-def _refuse_used_prefix(prefix: str) -> None:
-    """A fresh run must not overwrite the checkpoints of another one."""
-    path = Path(prefix)
-    found = sorted(path.parent.glob(f"{path.name}-[0-9][0-9][0-9][0-9].params"))
+def _claim_prefix(args) -> None:
+    """A fresh run must not mix with the checkpoints of another one: refuse, or with --overwrite remove them."""
+    if args.overwrite:
+        remove_checkpoints(args.model_prefix)
+        return
+    path = Path(args.model_prefix)
+    found = sorted(path.parent.glob(f"{glob.escape(path.name)}-[0-9][0-9][0-9][0-9].params"))
     if found:
         raise UsageError(
             f"{found[-1]} is there already: continue that run with --resume, choose another --model-prefix, "

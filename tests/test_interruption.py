@@ -1,0 +1,128 @@
+"""Runs that are killed, stopped or lose their disk: nothing is lost and nothing changes."""
+
+from __future__ import annotations
+
+import random
+import shutil
+import signal
+import time
+
+import pytest
+
+from conftest import read_lines, start_training, without_times
+from training.checkpoint import find_latest
+
+KILLS = 20
+
+
+def wait_for(condition, process, timeout: float = 120.0):
+    """Wait until `condition()` is true; fails when the process ends before."""
+    deadline = time.monotonic() + timeout
+    while not condition():
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+def trained_updates(log_dir) -> int:
+    try:
+        return max((line.get("update", 0) for line in read_lines(log_dir)), default=0)
+    except (FileNotFoundError, ValueError):
+        return 0
+
+
+def test_killed_twenty_times_ends_with_the_same_bits(train_flags, tmp_path):
+    flags = {"epochs": 3, "batch_size": 6, "save_every": 2, "frequent": 1, "drop_out": 0.2, "cpus": 1}
+    straight = start_training(train_flags("straight", **flags), threads=2, stderr=-1, text=True)
+    assert straight.wait(timeout=300) == 0, straight.communicate()[1]
+    rng = random.Random(0)
+    kills = 0
+    while True:
+        process = start_training(train_flags("killed", resume=True, **flags), threads=2, stderr=-1, text=True)
+        if kills < KILLS:
+            # From the first moments, before anything is loaded, to some updates into the training.
+            before, more = trained_updates(tmp_path / "log" / "killed"), rng.choice([0, 0, 1, 2, 3])
+            if more:
+                log = tmp_path / "log" / "killed"
+                wait_for(lambda log=log, goal=before + more: trained_updates(log) >= goal or process.poll() == 0, process)
+            time.sleep(rng.uniform(0, 0.5))
+            process.kill()
+            kills += 1
+            if process.wait() == 0:
+                break
+        else:
+            assert process.wait(timeout=300) == 0, process.communicate()[1]
+            break
+    assert kills == KILLS
+    for extension in ("params", "states"):
+        name = f"0003.{extension}"
+        assert (tmp_path / "model" / f"straight-{name}").read_bytes() == (
+            tmp_path / "model" / f"killed-{name}"
+        ).read_bytes()
+    assert without_times(read_lines(tmp_path / "log" / "straight")) == without_times(
+        read_lines(tmp_path / "log" / "killed")
+    )
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_signal_finishes_the_batch_saves_and_exits(train_flags, tmp_path, number):
+    log = tmp_path / "log" / "run"
+    process = start_training(train_flags(epochs=500, lr_steps="", frequent=1, batch_size=6), stderr=-1, text=True)
+    wait_for(lambda: trained_updates(log) >= 3, process)
+    process.send_signal(number)
+    error = process.communicate(timeout=60)[1]
+    assert process.returncode == 128 + number
+    assert "--resume goes on" in error
+    assert "Traceback" not in error
+    checkpoint, passed_over = find_latest(tmp_path / "model" / "run")
+    assert not passed_over
+    assert checkpoint.state.updates == trained_updates(log)
+
+
+def test_second_run_of_a_prefix_is_refused(train, train_flags, tmp_path, capfd):
+    process = start_training(train_flags(epochs=500, lr_steps="", frequent=1), stderr=-1, text=True)
+    wait_for(lambda: trained_updates(tmp_path / "log" / "run") >= 1, process)
+    assert train(train_flags(resume=True)) == 2
+    error = capfd.readouterr().err
+    assert str(process.pid) in error
+    process.kill()
+    process.wait()
+    # The lock of a dead process does not keep anybody out.
+    assert train(train_flags("run", epochs=1, lr_steps="", overwrite=True)) == 0
+
+
+def test_deleted_checkpoint_directory_does_not_end_the_run(train_flags, tmp_path):
+    log = tmp_path / "log" / "run"
+    argv = train_flags(epochs=40, lr_steps="", frequent=1, batch_size=6, cpus=1)
+    process = start_training(argv, stderr=-1, text=True)
+    wait_for(lambda: (tmp_path / "model" / "run-0001.json").exists(), process)
+    shutil.rmtree(tmp_path / "model")
+    seen = trained_updates(log)
+    wait_for(lambda: trained_updates(log) >= seen + 30, process)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(timeout=60) == 128 + signal.SIGTERM
+    assert "was not there" in process.communicate()[1]
+    assert find_latest(tmp_path / "model" / "run")[0] is not None
+
+
+def test_damaged_newest_checkpoint_is_named_and_passed_over(train, train_flags, tmp_path, capfd):
+    assert train(train_flags(epochs=2, lr_steps="")) == 0
+    newest = tmp_path / "model" / "run-0002.params"
+    newest.write_bytes(newest.read_bytes()[:-1])
+    for path in (tmp_path / "model").glob("run-best.*"):
+        path.unlink()
+    capfd.readouterr()
+    assert train(train_flags(epochs=2, lr_steps="", resume=True)) == 0
+    error = capfd.readouterr().err
+    assert "passed over" in error
+    assert "run-0002" in error
+    assert "continuing from run-0001" in error
+
+
+def test_keep_leaves_the_newest_and_the_best(train, train_flags, tmp_path):
+    assert train(train_flags(epochs=4, lr_steps="", keep=2)) == 0
+    assert sorted(path.name for path in (tmp_path / "model").glob("*.params")) == [
+        "run-0003.params",
+        "run-0004.params",
+        "run-best.params",
+    ]
