@@ -46,7 +46,7 @@ def declare(args: argparse.Namespace, classes: int) -> Network:
     arg_shapes, _, aux_shapes = symbol.infer_shape(**inputs)
     shapes = {f"arg:{n}": s for n, s in zip(symbol.list_arguments(), arg_shapes) if n not in inputs}
     shapes.update({f"aux:{n}": s for n, s in zip(symbol.list_auxiliary_states(), aux_shapes)})
-    parameters, multiply_adds = count(symbol, inputs["data"])
+    parameters, multiply_adds = count(symbol, image_shape)
     return Network(args.network, symbol, symbol.tojson(), shapes, parameters, multiply_adds, classes, image_shape)
 
 

@@ -19,3 +19,8 @@ def get_symbol(network: str, **options: object):
     """
     resolved = network_options(network, **options)
     return importlib.import_module(f"symbols.{network}").build(resolved)
+
+
+def count(symbol, data_shape: tuple[int, int, int]) -> tuple[int, int]:
+    """Parameters and multiply-adds of `symbol` for an image of shape `data_shape` (3, H, W); see symbols.summary."""
+    return importlib.import_module("symbols.summary").count(symbol, data_shape)

@@ -44,7 +44,9 @@ def test_killed_twenty_times_ends_with_the_same_bits(train_flags, tmp_path):
             before, more = trained_updates(tmp_path / "log" / "killed"), rng.choice([0, 0, 1, 2, 3])
             if more:
                 log = tmp_path / "log" / "killed"
-                wait_for(lambda log=log, goal=before + more: trained_updates(log) >= goal or process.poll() == 0, process)
+                wait_for(
+                    lambda log=log, goal=before + more: trained_updates(log) >= goal or process.poll() == 0, process
+                )
             time.sleep(rng.uniform(0, 0.5))
             process.kill()
             kills += 1
