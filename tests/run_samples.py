@@ -19,6 +19,9 @@ def write_run(folder: Path, epochs: int, *, seed: int = 0, floor: float = 0.06, 
         "no_se": False,
         "seed": seed,
         "log_dir": str(folder),
+        "model_prefix": str(folder / "model"),
+        "model_load_prefix": str(folder / "model"),
+        "model_load_epoch": 0,
     }
     records = [
         {

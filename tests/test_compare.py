@@ -64,6 +64,14 @@ def test_another_dataset_under_the_same_flags_is_another_line(runs):
     assert [len(group.runs) for group in group_by_seed(runs[:3])] == [2, 1]
 
 
+def test_weights_from_elsewhere_make_another_line(tmp_path):
+    finetuned = [
+        read_run(write_run(tmp_path / f"run{seed}", 3, seed=seed, model_load_prefix=prefix, model_load_epoch=9))
+        for seed, prefix in enumerate(("imagenet", "imagenet", "other"))
+    ]
+    assert [len(group.runs) for group in group_by_seed(finetuned)] == [2, 1]
+
+
 def test_a_repeated_seed_is_no_further_seed(tmp_path):
     again = [read_run(write_run(tmp_path / f"run{place}", 3, seed=0)) for place in range(2)]
     assert [len(group.runs) for group in group_by_seed(again)] == [1, 1]

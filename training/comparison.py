@@ -140,9 +140,13 @@ class Row:
 
 
 def arguments_of(run: Run) -> dict[str, object]:
-    """The run's arguments under one spelling (`lr_steps`)."""
+    """The run's arguments under one spelling (`lr_steps`), without a prefix to load from that gave nothing."""
     given = _table_in_header(run, "arguments")
-    return {name.lstrip("-").replace("-", "_"): value for name, value in given.items()}
+    arguments = {name.lstrip("-").replace("-", "_"): value for name, value in given.items()}
+    # It is the run's own prefix by default; only weights from elsewhere make another training.
+    if not arguments.get("model_load_epoch") or arguments.get("model_load_prefix") == arguments.get("model_prefix"):
+        arguments.pop("model_load_prefix", None)
+    return arguments
 
 
 def _table_in_header(run: Run, name: str) -> dict[str, object]:
