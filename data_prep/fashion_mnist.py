@@ -145,9 +145,7 @@ def main(argv: list[str] | None = None) -> int:
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )  # fmt: skip
     parser.add_argument("-o", "--output", type=Path, help="folder to write; data/demo or data/fashion-mnist")
-    parser.add_argument(
-        "--demo", action="store_true", help="the embedded subset instead of all 70,000 pictures"
-    )
+    parser.add_argument("--demo", action="store_true", help="the embedded subset instead of all 70,000 pictures")
     parser.add_argument(
         "--source", type=Path,
         help=f"folder of the four original .gz files; unset: {DEBIAN_FOLDER} (Debian's package "

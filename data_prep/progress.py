@@ -33,18 +33,14 @@ class Counter:
             self._shown = time.monotonic()
             of = f" of {self.total}" if self.total is not None else ""
             rate = (self.done - self._first) / (self._shown - self._start)
-            print(
-                f"{self.title}: {self.done}{of} {self.unit}, {rate:.0f} a second", file=sys.stderr, flush=True
-            )
+            print(f"{self.title}: {self.done}{of} {self.unit}, {rate:.0f} a second", file=sys.stderr, flush=True)
 
     def close(self) -> None:
         if self._bar is not None:
             self._bar.close()
 
 
-def progress(
-    items: Iterable[Item], title: str, total: int | None = None, unit: str = "images"
-) -> Iterator[Item]:
+def progress(items: Iterable[Item], title: str, total: int | None = None, unit: str = "images") -> Iterator[Item]:
     """Pass `items` on, showing how many of them (`total`, or their length) were taken."""
     if total is None and hasattr(items, "__len__"):
         total = len(items)

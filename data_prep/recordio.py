@@ -11,13 +11,14 @@ little-endian.
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import logging
 import numbers
 import os
 import struct
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import NamedTuple, Union
+from typing import BinaryIO, NamedTuple, Union
 
 import numpy as np
 
@@ -83,9 +84,7 @@ def unpack(payload: Payload) -> tuple[Header, memoryview]:
     """
     view = memoryview(payload)
     if len(view) < _HEADER.size:
-        raise RecordError(
-            f"a record of {len(view)} bytes is too short for an image header ({_HEADER.size} bytes)"
-        )
+        raise RecordError(f"a record of {len(view)} bytes is too short for an image header ({_HEADER.size} bytes)")
     flag, label, id_, id2 = _HEADER.unpack_from(view)
     start = _HEADER.size + 4 * flag
     if start > len(view):
@@ -136,16 +135,10 @@ def _frame_at(data: bytes, offset: int, first: bool) -> tuple[int, int]:
         raise RecordError(f"the file ends inside a record (offset {offset})")
     magic, word = _FRAME.unpack_from(data)
     if magic != MAGIC:
-        raise RecordError(
-            f"no record begins here (0x{magic:08X} instead of the magic number, offset {offset})"
-        )
+        raise RecordError(f"no record begins here (0x{magic:08X} instead of the magic number, offset {offset})")
     cflag, length = word >> 29, word & (MAX_PAYLOAD - 1)
     if cflag not in ((_WHOLE, _FIRST) if first else (_MIDDLE, _LAST)):
-        where = (
-            "begins in the middle of a record"
-            if first
-            else "is cut off: another record follows its first part"
-        )
+        where = "begins in the middle of a record" if first else "is cut off: another record follows its first part"
         raise RecordError(f"the record {where} (part kind {cflag}, offset {offset})")
     return cflag, length
 
@@ -175,23 +168,44 @@ def _frame(source: _Bytes, offset: int) -> Frame:
     return Frame(offset, length, min(start + (size + 3 & ~3), source.size))
 
 
-def scan(path: str | os.PathLike, start: int = 0) -> Iterator[Frame]:
-    """Walk the records of a file from `start` on without reading their data.
+def scan(path: str | os.PathLike, damaged: Callable[[int, str], None] | None = None) -> Iterator[Frame]:
+    """Walk the records of a file without reading their data.
 
-    Raises RecordError naming record number and offset at the first place that is not framed as a record.
+    At a place that is not framed as a record, RecordError is raised, naming record number and offset; or, with
+    `damaged`, that is called with the offset and the reason, and the walk goes on where the next record begins.
     """
     source = _Bytes(Path(path))
-    number, offset = 0, start
+    number, offset = 0, 0
     try:
         while offset < source.size:
             try:
                 frame = _frame(source, offset)
             except RecordError as error:
-                raise RecordError(f"{path}: record {number} at offset {offset}: {error}") from None
+                if damaged is None:
+                    raise RecordError(f"{path}: record {number} at offset {offset}: {error}") from None
+                damaged(offset, str(error))
+                offset = _next_record(source, offset + 4)
+                continue
             yield frame
             number, offset = number + 1, frame.end
     finally:
         source.close()
+
+
+def _next_record(source: _Bytes, offset: int) -> int:
+    """Where the first record at `offset` or behind it begins; the file's size when none does."""
+    while offset < source.size:
+        block = source.read(offset, _READ_AHEAD)
+        place = block.find(MAGIC_BYTES)
+        while place >= 0:
+            if place % 4 == 0:
+                with contextlib.suppress(RecordError):
+                    _frame_at(source.read(offset + place, _FRAME.size), offset + place, first=True)
+                    return offset + place
+            place = block.find(MAGIC_BYTES, place + 1)
+        # Blocks are aligned and so is the magic number of a record: none lies across two blocks.
+        offset += _READ_AHEAD
+    return source.size
 
 
 def read_index(path: str | os.PathLike, pack_bytes: int) -> tuple[np.ndarray, np.ndarray]:
@@ -204,9 +218,7 @@ def read_index(path: str | os.PathLike, pack_bytes: int) -> tuple[np.ndarray, np
     try:
         # A record takes 8 bytes, a line 44 at most: a larger index is none, and is not worth the memory.
         if source.size > 64 * (pack_bytes // _FRAME.size + 1):
-            raise RecordError(
-                f"{path}: {source.size} bytes are too many for an index of a pack of {pack_bytes} bytes"
-            )
+            raise RecordError(f"{path}: {source.size} bytes are too many for an index of a pack of {pack_bytes} bytes")
         lines = source.read(0, source.size).splitlines()
     finally:
         source.close()
@@ -217,9 +229,7 @@ def read_index(path: str | os.PathLike, pack_bytes: int) -> tuple[np.ndarray, np
             entries[number] = int(key), int(offset)
         except (ValueError, OverflowError):
             shown = line[:60].decode(errors="replace")
-            raise RecordError(
-                f"{path}, line {number + 1}: expected `key TAB offset`, found {shown!r}"
-            ) from None
+            raise RecordError(f"{path}, line {number + 1}: expected `key TAB offset`, found {shown!r}") from None
     keys, offsets = entries[:, 0].copy(), entries[:, 1].copy()
     bad = np.flatnonzero((offsets < 0) | (offsets > pack_bytes - _FRAME.size) | (offsets % 4 != 0))
     if len(bad):
@@ -228,6 +238,40 @@ def read_index(path: str | os.PathLike, pack_bytes: int) -> tuple[np.ndarray, np
         cause = f"outside the pack ({pack_bytes} bytes; truncated?)" if outside else "no multiple of 4"
         raise RecordError(f"{path}, line {bad[0] + 1}: offset {offset} is {cause}")
     return keys, offsets
+
+
+def _payload(source: _Bytes, offset: int, reach: int) -> memoryview:
+    """Payload of the record at `offset`, which takes at most `reach` bytes of the file."""
+    data = source.read(offset, min(reach, _READ_AHEAD))
+    parts = list(_parts(source, offset, data))
+    end = parts[-1][0] + parts[-1][1] - offset
+    if len(data) < end:
+        data += source.read(offset + len(data), end - len(data))
+    view = memoryview(data)
+    chunks = [view[start - offset : start - offset + length] for start, length in parts]
+    return chunks[0] if len(chunks) == 1 else memoryview(MAGIC_BYTES.join(chunks))
+
+
+class RecordReader:
+    """Records of a file by their offsets, without an index; safe to use from many threads."""
+
+    def __init__(self, path: str | os.PathLike) -> None:
+        self._source = _Bytes(Path(path))
+
+    def read(self, frame: Frame) -> memoryview:
+        """Payload of the record at `frame`, as `scan` gives it."""
+        return _payload(self._source, frame.offset, frame.end - frame.offset)
+
+    def close(self) -> None:
+        self._source.close()
+
+
+def is_range_record(payload: Payload) -> bool:
+    """Whether an image record holds a range of keys instead of an image, as packs of the insightface kind do."""
+    if len(payload) != _RANGE_PAYLOAD or _HEADER.unpack_from(payload)[0] != 2:
+        return False
+    first, last = struct.unpack_from("<2f", payload, _HEADER.size)
+    return 1 <= first <= last
 
 
 class RecordFile:
@@ -258,9 +302,7 @@ class RecordFile:
                     f"{self.index_path}: the index is empty, its pack is not; delete it to have it rebuilt"
                 )
         else:
-            _log.warning(
-                "%s is missing: reading all of %s to rebuild it in memory", self.index_path, self.path
-            )
+            _log.warning("%s is missing: reading all of %s to rebuild it in memory", self.index_path, self.path)
             offsets = np.fromiter((frame.offset for frame in scan(self.path)), np.int64)
             keys = np.arange(len(offsets), dtype=np.int64)
         # How far a record reaches at most: up to the next one in the file.
@@ -285,10 +327,7 @@ class RecordFile:
 
     def _drop_range_records(self) -> None:
         candidates = np.flatnonzero(self._reach == _FRAME.size + _RANGE_PAYLOAD)
-        heads = [
-            self._source.read(int(offset), _FRAME.size + _RANGE_PAYLOAD)
-            for offset in self.offsets[candidates]
-        ]
+        heads = [self._source.read(int(offset), _FRAME.size + _RANGE_PAYLOAD) for offset in self.offsets[candidates]]
         found = np.frombuffer(b"".join(heads), np.dtype([("head", _HEADER_DTYPE), ("range", "<f4", 2)]))
         head, (first, last) = found["head"], found["range"].T
         ranges = (head["flag"] == 2) & (head["word"] == _RANGE_PAYLOAD) & (first >= 1) & (first <= last)
@@ -321,18 +360,10 @@ class RecordFile:
 
     def read(self, index: int) -> memoryview:
         """Payload of record `index` (0 <= index < len); RecordError names the record when it is damaged."""
-        offset = int(self.offsets[index])
-        data = self._source.read(offset, min(int(self._reach[index]), _READ_AHEAD))
         try:
-            parts = list(_parts(self._source, offset, data))
+            return _payload(self._source, int(self.offsets[index]), int(self._reach[index]))
         except RecordError as error:
             raise self._error(index, error) from None
-        end = parts[-1][0] + parts[-1][1] - offset
-        if len(data) < end:
-            data += self._source.read(offset + len(data), end - len(data))
-        view = memoryview(data)
-        chunks = [view[start - offset : start - offset + length] for start, length in parts]
-        return chunks[0] if len(chunks) == 1 else memoryview(MAGIC_BYTES.join(chunks))
 
     def header(self, index: int) -> Header:
         """Header of record `index`, with its labels."""
@@ -363,9 +394,7 @@ class RecordFile:
         wrong = [index for index, labels in zip(rest, several) if len(labels) != width]
         wrong += np.flatnonzero(plain)[:1].tolist() if width > 1 else []
         if wrong:
-            raise RecordError(
-                f"{self.where(min(wrong))}: another number of labels than record {rest[0]} ({width})"
-            )
+            raise RecordError(f"{self.where(min(wrong))}: another number of labels than record {rest[0]} ({width})")
         labels = np.empty((len(self), width), np.float32)
         labels[:, 0] = head["label"]
         labels[rest] = several
@@ -385,51 +414,72 @@ class RecordFile:
         return self.header(index).label
 
 
+class PartialRecord(NamedTuple):
+    """A whole record of an interrupted pack: its key, where it ends in the pack and its line in the index."""
+
+    key: int
+    end: int
+    index_end: int
+
+
+def _partial_paths(path: Path) -> tuple[Path, Path]:
+    """Where an unfinished pack and its index lie."""
+    return Path(f"{path}.part"), Path(f"{index_path_of(path)}.part")
+
+
+def partial_records(path: str | os.PathLike) -> Iterator[PartialRecord]:
+    """Records that an interrupted RecordWriter of the pack `path` left whole, in the pack and in its index."""
+    partial, partial_index = _partial_paths(Path(path))
+    if not (partial.exists() and partial_index.exists()):
+        return
+    index_end = 0
+    with open(partial_index, "rb") as lines:
+        try:
+            for frame, line in zip(scan(partial), lines):
+                key, offset = map(int, line.split())
+                # A last record without its padding is not whole either: what follows would not be aligned.
+                if frame.end % 4 or not line.endswith(b"\n") or offset != frame.offset:
+                    return
+                index_end += len(line)
+                yield PartialRecord(key, frame.end, index_end)
+        except (RecordError, ValueError):
+            # The place where the interruption cut one of the files.
+            return
+
+
 class RecordWriter:
     """Write a pack and its index, byte for byte as MXNet does; they get their names only when closed whole.
 
     Until then they are `PATH.part` beside their places. Leaving the `with` block by an exception deletes
-    them, unless `keep_partial`; with `resume` the whole records of such a partial pack are kept (`keys` lists
-    them) and writing goes on behind them.
+    them, unless `keep_partial`. `start` continues such a partial pack behind the record that ends there (two
+    ends of a PartialRecord); what follows it is cut off.
     """
 
-    def __init__(self, path: str | os.PathLike, *, keep_partial: bool = False, resume: bool = False) -> None:
+    def __init__(self, path: str | os.PathLike, *, keep_partial: bool = False, start: tuple[int, int] = (0, 0)) -> None:
         self.path, self.index_path = Path(path), index_path_of(path)
         if self.path == self.index_path:
             raise UsageError(f"{path}: a pack cannot end in .idx, its index does")
-        self._partial = [Path(f"{self.path}.part"), Path(f"{self.index_path}.part")]
+        self._partial = _partial_paths(self.path)
         self._keep_partial = keep_partial
-        self.keys, self._end, index_end = self._find_partial() if resume else ([], 0, 0)
+        self._end = start[0]
         self._files = []
         try:
-            for partial, end in zip(self._partial, (self._end, index_end)):
-                self._files.append(open(partial, "r+b" if end else "wb"))  # noqa: SIM115 - closed by close()
-                self._files[-1].truncate(end)
-                self._files[-1].seek(end)
+            for partial, end in zip(self._partial, start):
+                self._files.append(self._open(partial, end))
         except OSError as error:
-            raise ProjectError(
-                f"{error.filename or self.path}: cannot be written: {error.strerror}"
-            ) from None
+            self._close_files()
+            raise ProjectError(f"{self.path}: cannot be written: {error.strerror}") from None
 
-    def _find_partial(self) -> tuple[list[int], int, int]:
-        """Keys, bytes of the pack and bytes of the index that an interrupted run left whole in both files."""
-        keys: list[int] = []
-        end = index_end = 0
-        if not all(partial.exists() for partial in self._partial):
-            return keys, end, index_end
-        lines = self._partial[1].read_bytes().splitlines(keepends=True)
+    def _open(self, partial: Path, end: int) -> BinaryIO:
+        file = open(partial, "r+b" if end else "ab")  # noqa: SIM115 - closed by close() or abort()
         try:
-            for frame, line in zip(scan(self._partial[0]), lines):
-                fields = line.split()
-                # A last record without its padding is not whole either: what follows would not be aligned.
-                if frame.end % 4 or not line.endswith(b"\n") or int(fields[1]) != frame.offset:
-                    break
-                keys.append(int(fields[0]))
-                end, index_end = frame.end, index_end + len(line)
-        except (RecordError, ValueError, IndexError):
-            # The place where the interruption cut one of the files.
-            pass
-        return keys, end, index_end
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.close()
+            raise ProjectError(f"{self.path}: another process is writing it") from None
+        file.truncate(end)
+        file.seek(end)
+        return file
 
     def write(self, key: int, payload: Payload) -> int:
         """Append a record; returns its offset. Payloads of 512 MiB and more are refused with RecordError."""
@@ -446,13 +496,7 @@ class RecordWriter:
             self._files[1].write(b"%d\t%d\n" % (key, offset))
         except OSError as error:
             raise ProjectError(f"{self.path}: cannot be written: {error.strerror}") from None
-        self.keys.append(key)
         return offset
-
-    def flush(self) -> None:
-        """Hand everything written so far to the system, the records before their index."""
-        for file in self._files:
-            file.flush()
 
     def close(self) -> None:
         """Put pack and index, flushed to disk, in their places.
@@ -471,13 +515,17 @@ class RecordWriter:
             raise ProjectError(f"{self.path}: cannot be written: {error.strerror}") from None
 
     def abort(self) -> None:
-        """Give up: close the partial files, and delete them unless they are to be kept for `resume`."""
-        for file, partial in zip(self._files, self._partial):
+        """Give up: close the partial files, and delete them unless they are to be kept."""
+        self._close_files()
+        if not self._keep_partial:
+            for partial in self._partial:
+                partial.unlink(missing_ok=True)
+
+    def _close_files(self) -> None:
+        for file in self._files:
             # On a full disk what is buffered cannot be written; the cause was reported already.
             with contextlib.suppress(OSError):
                 file.close()
-            if not self._keep_partial:
-                partial.unlink(missing_ok=True)
 
     def __enter__(self) -> RecordWriter:
         return self

@@ -10,7 +10,16 @@ import numpy as np
 import pytest
 
 from data_prep import recordio
-from data_prep.recordio import MAGIC_BYTES, Header, RecordError, RecordFile, RecordWriter, pack, unpack
+from data_prep.recordio import (
+    MAGIC_BYTES,
+    Header,
+    RecordError,
+    RecordFile,
+    RecordWriter,
+    pack,
+    partial_records,
+    unpack,
+)
 from errors import ProjectError, UsageError
 
 # The magic number at aligned and unaligned places, at the ends, repeated, across the padding.
@@ -38,10 +47,7 @@ def write_pack(path, payloads, keys=None):
 
 
 def image_payloads(count):
-    return [
-        pack(Header(0, float(number % 10), number), bytes([number]) * (50 + number))
-        for number in range(count)
-    ]
+    return [pack(Header(0, float(number % 10), number), bytes([number]) * (50 + number)) for number in range(count)]
 
 
 @pytest.fixture
@@ -214,9 +220,7 @@ def test_a_truncated_pack_is_refused_when_opened(rec):
     with RecordFile(rec) as file:
         last = int(file.offsets[-1])
     rec.write_bytes(data[: last + 60])
-    with pytest.raises(
-        RecordError, match=f"small.rec: record 19 at offset {last}: the file ends 41 bytes before"
-    ):
+    with pytest.raises(RecordError, match=f"small.rec: record 19 at offset {last}: the file ends 41 bytes before"):
         RecordFile(rec)
     rec.write_bytes(data[: last - 4])
     with pytest.raises(RecordError, match=r"small.idx, line 20: offset \d+ is outside the pack .*truncated"):
@@ -283,10 +287,12 @@ def test_an_interrupted_pack_is_continued_from_its_whole_records(tmp_path):
     for cut, index_cut in ((0, 0), (1, 0), (40, 0), (0, 3), (0, len(index)), (len(data), 0), (500, 30)):
         partial.write_bytes(data[: len(data) - cut])
         (tmp_path / "a.idx.part").write_bytes(index[: len(index) - index_cut])
-        with RecordWriter(tmp_path / "a.rec", keep_partial=True, resume=True) as writer:
-            assert writer.keys == list(range(len(writer.keys)))
-            assert len(writer.keys) == 15 or cut or index_cut
-            for key in range(len(writer.keys), len(payloads)):
+        done = list(partial_records(tmp_path / "a.rec"))
+        assert [record.key for record in done] == list(range(len(done)))
+        assert len(done) == 15 or cut or index_cut
+        start = done[-1][1:] if done else (0, 0)
+        with RecordWriter(tmp_path / "a.rec", keep_partial=True, start=start) as writer:
+            for key in range(len(done), len(payloads)):
                 writer.write(key, payloads[key])
         for ending in (".rec", ".idx"):
             assert (tmp_path / "a").with_suffix(ending).read_bytes() == whole.with_suffix(ending).read_bytes()
@@ -302,3 +308,13 @@ def test_a_full_disk_is_one_line(tmp_path):
         for key in range(100):
             writer.write(key, bytes(10_000))
     assert not path.exists()
+
+
+def test_two_writers_of_one_pack(tmp_path):
+    with RecordWriter(tmp_path / "a.rec") as writer:
+        writer.write(0, b"first")
+        with pytest.raises(ProjectError, match="another process is writing it"):
+            RecordWriter(tmp_path / "a.rec")
+        writer.write(1, b"second")
+    with RecordFile(tmp_path / "a.rec") as file:
+        assert [bytes(file.read(number)) for number in range(2)] == [b"first", b"second"]

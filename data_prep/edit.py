@@ -1,0 +1,158 @@
+"""The commands `cat`, `split` and `extract`: packs out of packs, and packs back to image files.
+
+Images and labels are copied byte for byte, never decoded.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterable
+from pathlib import Path
+
+import numpy as np
+
+import atomic_file
+from data_prep.lists import CLASSES_FILE, LIST_SUFFIX, SHUFFLE_SEED, Entry, format_item
+from data_prep.progress import progress
+from data_prep.recordio import RecordFile, RecordWriter
+from data_prep.verify import classes_beside, image_format
+from errors import ProjectError, UsageError
+
+_SUFFIXES = {"JPEG": ".jpg", "PNG": ".png", "WebP": ".webp", "BMP": ".bmp", "TIFF": ".tif", "": ".bin"}
+
+
+def _refuse_own_inputs(inputs: Iterable[Path], outputs: Iterable[Path]) -> None:
+    taken = {path.resolve() for path in inputs}
+    for path in outputs:
+        if path.resolve() in taken:
+            raise UsageError(f"{path}: is an input; name another output")
+
+
+def _copy_classes(names: list[str], folder: Path) -> None:
+    if names and not (folder / CLASSES_FILE).exists():
+        atomic_file.write_text(folder / CLASSES_FILE, "".join(f"{name}\n" for name in names))
+
+
+def cat(inputs: list[Path], output: Path) -> int:
+    """Merge packs, one after the other, under new keys 0, 1, ...; returns the number of records."""
+    _refuse_own_inputs(inputs, [output])
+    names = {tuple(classes_beside(path)) for path in inputs} - {()}
+    if len(names) > 1:
+        raise UsageError(f"the packs' {CLASSES_FILE} differ: a label does not mean the same class in all of them")
+    output.parent.mkdir(parents=True, exist_ok=True)
+    key = 0
+    with RecordWriter(output) as writer:
+        for path in inputs:
+            with RecordFile(path) as file:
+                for number in progress(range(len(file)), path.name):
+                    writer.write(key, file.read(number))
+                    key += 1
+    _copy_classes(list(*names), output.parent)
+    return key
+
+
+def split(path: Path, outputs: list[Path], shares: list[float], seed: int) -> list[int]:
+    """Deal the records of a pack out to `outputs`, `shares` of every class each; keys and order are kept.
+
+    Within a class numpy's frozen RandomState(seed) chooses. Returns the numbers of records.
+    """
+    _refuse_own_inputs([path], outputs)
+    with RecordFile(path) as file:
+        labels = file.labels()
+        labels = labels if labels.ndim == 1 else labels[:, 0]
+        part = assign(labels, shares, seed)
+        counts = []
+        for number, output in enumerate(outputs):
+            output.parent.mkdir(parents=True, exist_ok=True)
+            chosen = np.flatnonzero(part == number)
+            with RecordWriter(output) as writer:
+                for record in progress(chosen, output.name):
+                    writer.write(int(file.keys[record]), file.read(int(record)))
+            counts.append(len(chosen))
+            _copy_classes(classes_beside(path), output.parent)
+    return counts
+
+
+def assign(labels: np.ndarray, shares: list[float], seed: int) -> np.ndarray:
+    """Number of the part, (N,), that every record with these labels (N,) goes to."""
+    random = np.random.RandomState(seed)
+    cuts = np.cumsum(shares) / np.sum(shares)
+    part = np.empty(len(labels), np.int64)
+    for label in np.unique(labels):
+        members = random.permutation(np.flatnonzero(labels == label))
+        part[members] = np.searchsorted(cuts, (np.arange(len(members)) + 0.5) / len(members))
+    return np.minimum(part, len(shares) - 1)
+
+
+def extract(path: Path, folder: Path) -> int:
+    """Write the images of a pack into FOLDER/CLASS/KEY.ENDING, and FOLDER/NAME.lst to pack them again."""
+    names = classes_beside(path)
+    lines = []
+    with RecordFile(path) as file:
+        for number in progress(range(len(file)), path.name):
+            header, image = file.unpack(number)
+            labels = (header.label,) if header.flag == 0 else tuple(header.label.tolist())
+            key = int(file.keys[number])
+            name = f"{_class_folder(labels[0], names)}/{key}{_SUFFIXES[image_format(image)]}"
+            target = folder / name
+            try:
+                target.parent.mkdir(parents=True, exist_ok=True)
+                target.write_bytes(image)
+            except OSError as error:
+                raise ProjectError(f"{target}: cannot be written: {error.strerror}") from None
+            lines.append(format_item(key, Entry(labels, name)))
+    atomic_file.write_text(folder / f"{path.stem}{LIST_SUFFIX}", "".join(lines))
+    _copy_classes(names, folder)
+    return len(lines)
+
+
+def _class_folder(label: float, names: list[str]) -> str:
+    name = names[int(label)] if label == label and 0 <= label < len(names) else f"{label:g}"
+    # Class names are free text ("T-shirt/top"); folder names are not.
+    name = "".join(character if character.isalnum() or character in " ._-" else "_" for character in name)
+    return name.strip(". ") or "_"
+
+
+def _parser(command: str, description: str) -> argparse.ArgumentParser:
+    return argparse.ArgumentParser(
+        f"python -m data_prep {command}", description=description,
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )  # fmt: skip
+
+
+def cat_main(argv: list[str] | None = None) -> int:
+    """The command `cat`."""
+    parser = _parser("cat", "Merge packs into one, one after the other; keys are given anew.")
+    parser.add_argument("files", type=Path, nargs="+", help="the .rec files")
+    parser.add_argument("-o", "--output", type=Path, required=True, help="the .rec file to write")
+    args = parser.parse_args(argv)
+    print(f"{args.output}: {cat(args.files, args.output)} records")
+    return 0
+
+
+def split_main(argv: list[str] | None = None) -> int:
+    """The command `split`."""
+    parser = _parser("split", "Deal the records of a pack out to several, every class in the same shares.")
+    parser.add_argument("file", type=Path, help="the .rec file")
+    parser.add_argument("outputs", type=Path, nargs="+", help="the .rec files to write")
+    parser.add_argument("--shares", type=float, nargs="+", help="of the outputs, such as 9 1; unset: equal")
+    parser.add_argument("--seed", type=int, default=SHUFFLE_SEED, help="of the choice")
+    args = parser.parse_args(argv)
+    shares = args.shares or [1.0] * len(args.outputs)
+    if len(shares) != len(args.outputs) or not all(share > 0 for share in shares):
+        raise UsageError(f"--shares: {len(args.outputs)} numbers above 0 are needed, one an output")
+    if len({path.resolve() for path in args.outputs}) != len(args.outputs):
+        raise UsageError("an output is named twice")
+    for path, count in zip(args.outputs, split(args.file, args.outputs, shares, args.seed)):
+        print(f"{path}: {count} records")
+    return 0
+
+
+def extract_main(argv: list[str] | None = None) -> int:
+    """The command `extract`."""
+    parser = _parser("extract", "Write the images of a pack as files, a folder a class, with a list of them.")
+    parser.add_argument("file", type=Path, help="the .rec file")
+    parser.add_argument("folder", type=Path, help="folder to write into")
+    args = parser.parse_args(argv)
+    print(f"{args.folder}: {extract(args.file, args.folder)} images")
+    return 0

@@ -1,0 +1,142 @@
+"""What becomes of an image on its way into a pack.
+
+Passed through untouched, or made upright RGB and encoded.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import cv2
+import numpy as np
+import simplejpeg
+
+from data_prep.decode import DecodeError, decode_image, exif_orientation, image_size, is_jpeg, reduction
+from errors import UsageError
+
+JPEG, PNG = ".jpg", ".png"
+GREY, RGB, AS_IS = 0, 1, -1
+DEFAULT_QUALITY = {JPEG: 95, PNG: 9}
+_PLAIN_JPEG = "YCbCr"
+_INKS = ("CMYK", "YCCK")
+
+
+@dataclass(frozen=True)
+class Conversion:
+    """What is done to the images of a pack.
+
+    resize: pixels of the short edge, 0 for none. center_crop: cut out the middle square first. quality: 1-100
+    for JPEG, 1-9 for PNG. encoding: ".jpg" or ".png". color: RGB, GREY or AS_IS (with alpha and 16 bits where
+    the encoding holds them). pass_through: no image is changed; each is only checked.
+    """
+
+    resize: int = 0
+    center_crop: bool = False
+    quality: int = DEFAULT_QUALITY[JPEG]
+    encoding: str = JPEG
+    color: int = RGB
+    pass_through: bool = False
+
+    def __post_init__(self) -> None:
+        best = 100 if self.encoding == JPEG else 9
+        if not 1 <= self.quality <= best:
+            raise UsageError(f"--quality {self.quality}: {self.encoding} takes 1 to {best}")
+        if self.resize < 0:
+            raise UsageError(f"--resize {self.resize}: the short edge cannot be negative")
+        if self.pass_through and (self.resize or self.center_crop):
+            raise UsageError("--pass-through changes no image: leave out --resize and --center-crop")
+
+
+def convert(data: bytes, conversion: Conversion) -> bytes:
+    """Bytes to pack for the image file `data`; DecodeError when it does not decode completely.
+
+    A colour JPEG that stands upright and has the wanted size already is returned untouched.
+    """
+    if not data:
+        raise DecodeError("the file is empty")
+    if conversion.pass_through:
+        check_complete(data)
+        return data
+    size = image_size(data)
+    if size is not None and _is_wanted(data, size, conversion):
+        check_complete(data)
+        return data
+    image = _decode(data, size, conversion)
+    if conversion.center_crop:
+        edge = min(image.shape[:2])
+        top, left = (image.shape[0] - edge) // 2, (image.shape[1] - edge) // 2
+        image = image[top : top + edge, left : left + edge]
+    height, width = target_size(*image.shape[:2], conversion.resize)
+    if (height, width) != image.shape[:2]:
+        image = cv2.resize(image, (width, height))
+    return _encode(image, conversion)
+
+
+def check_complete(data: bytes) -> None:
+    """Raise DecodeError unless every bit of the image can be decoded.
+
+    Of a JPEG all coefficients are read, but only an eighth of the pixels are computed: half the time.
+    """
+    if not is_jpeg(data):
+        decode_image(data)
+        return
+    try:
+        colorspace = simplejpeg.decode_jpeg_header(data)[2]
+        inks = colorspace in _INKS
+        simplejpeg.decode_jpeg(data, colorspace="CMYK" if inks else "GRAY", min_height=1, min_width=1)
+    except ValueError:
+        # Rare kinds that this decoder does not take are left to the full one, which also words the error.
+        decode_image(data)
+
+
+def target_size(height: int, width: int, short_edge: int) -> tuple[int, int]:
+    """(height, width) with the short edge `short_edge` and the long one rounded down; 0 leaves the size."""
+    if not short_edge:
+        return height, width
+    if height > width:
+        return height * short_edge // width, short_edge
+    return short_edge, width * short_edge // height
+
+
+def _is_wanted(data: bytes, size: tuple[int, int], conversion: Conversion) -> bool:
+    """Whether a JPEG (upright, of colours that are no inks.
+
+    It has a `size`) can go into the pack as it is.
+    """
+    if conversion.encoding != JPEG or conversion.color == GREY:
+        return False
+    if simplejpeg.decode_jpeg_header(data)[2] != _PLAIN_JPEG:
+        return False
+    square = size[0] == size[1]
+    return min(size) == (conversion.resize or min(size)) and (square or not conversion.center_crop)
+
+
+def _decode(data: bytes, size: tuple[int, int] | None, conversion: Conversion) -> np.ndarray:
+    """RGB, grey or (color AS_IS) whatever the file holds, at a reduced size where the target allows it."""
+    reduce = 1
+    if size is not None and conversion.resize:
+        reduce = reduction(*size, *target_size(*size, conversion.resize))
+    image = decode_image(data, reduce)
+    if conversion.color == GREY:
+        return cv2.cvtColor(image, cv2.COLOR_RGB2GRAY)
+    if conversion.color == AS_IS and not (is_jpeg(data) and exif_orientation(data) != 1):
+        # The complete decode above is the check; this one keeps alpha, grey and 16 bits.
+        raw = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_UNCHANGED)
+        if raw.ndim == 3:
+            raw = cv2.cvtColor(raw, cv2.COLOR_BGRA2RGBA if raw.shape[2] == 4 else cv2.COLOR_BGR2RGB)
+        return raw
+    return image
+
+
+def _encode(image: np.ndarray, conversion: Conversion) -> bytes:
+    image = np.ascontiguousarray(image)
+    if conversion.encoding == PNG:
+        if image.ndim == 3:
+            image = cv2.cvtColor(image, cv2.COLOR_RGBA2BGRA if image.shape[2] == 4 else cv2.COLOR_RGB2BGR)
+        return cv2.imencode(PNG, image, [cv2.IMWRITE_PNG_COMPRESSION, conversion.quality])[1].tobytes()
+    if image.dtype != np.uint8:
+        image = cv2.convertScaleAbs(image, alpha=1 / 257)
+    if image.ndim == 2:
+        return simplejpeg.encode_jpeg(image[..., None], conversion.quality, "GRAY", "Gray")
+    # Chroma at half resolution, as OpenCV's encoder in MXNet's tool stores it.
+    return simplejpeg.encode_jpeg(np.ascontiguousarray(image[..., :3]), conversion.quality, "RGB", "420")
