@@ -2,16 +2,24 @@
 
 from __future__ import annotations
 
-import json
-
 import numpy as np
 
-from engines.base import IGNORED_LABEL, LOSS_FLOOR, TOP_K, Batch, Metrics, TrainState, sum_batches
+from engines.base import Batch, Metrics, TrainState
+from engines.mxnet_common import (
+    DATA_NAME,
+    LABEL_NAME,
+    DeviceMetrics,
+    Places,
+    device_images,
+    device_labels,
+    draws_random_numbers,
+    optimizer_arguments,
+    read_optimizer,
+    seed_update,
+    state_slots,
+    write_optimizer,
+)
 from mxnet_compat import mx
-
-DATA_NAME, LABEL_NAME = "data", "softmax_label"
-# Names of the arrays that an MXNet optimizer keeps for a parameter, in MXNet's order.
-STATE_SLOTS = {"nag": ("momentum",), "sgd": ("momentum",), "adam": ("mean", "variance")}
 
 
 class SymbolEngine:
@@ -42,44 +50,37 @@ class SymbolEngine:
         self._module.bind(*self._shapes)
         self._inference: mx.mod.Module | None = None  # bound while weights stay as they are
         self._optimizer_name = optimizer
-        self._optimizer_args = {"wd": wd}
-        if optimizer != "adam":
-            self._optimizer_args["momentum"] = momentum
+        self._optimizer_args = optimizer_arguments(optimizer, momentum, wd)
+        self._slots = state_slots(optimizer, momentum)
         self._kv_store = kv_store
         self._seed = seed
         # Seeding costs a call into every device; only dropout draws random numbers.
-        self._draws = any(node["op"] == "Dropout" for node in json.loads(symbol.tojson())["nodes"])
+        self._draws = draws_random_numbers(symbol)
         self._updates = 0
-        self._rows: list[mx.nd.NDArray] = []
-        self._counts: list[int] = []
+        self._metrics = DeviceMetrics()
 
     def train_batch(self, batch: Batch, lr: float) -> None:
         self._inference = None
         if self._draws:
-            mx.random.seed(int(np.random.SeedSequence((self._seed, self._updates)).generate_state(1)[0] >> 1))
-        labels = batch.labels.astype(np.float32)
-        labels[batch.valid :] = IGNORED_LABEL
-        labels = mx.nd.array(labels)
-        self._module.forward(mx.io.DataBatch([self._images(batch)], [labels], pad=batch.pad), is_train=True)
+            seed_update(self._seed, self._updates)
+        labels = device_labels(batch)
+        self._module.forward(mx.io.DataBatch([device_images(batch)], [labels], pad=batch.pad), is_train=True)
         self._module.backward()
         optimizer = self._module._optimizer
         optimizer.lr = lr
         optimizer.rescale_grad = 1.0 / max(batch.valid, 1)
         self._module.update()
         self._updates += 1
-        self._rows.append(_batch_sums(self._module.get_outputs()[0], labels))
-        self._counts.append(batch.valid)
+        self._metrics.add(self._module.get_outputs()[0], labels, batch.valid)
 
     def predict(self, batch: Batch) -> np.ndarray:
         if self._inference is None:
             self._inference = self._bind_inference()
-        self._inference.forward(mx.io.DataBatch([self._images(batch)], None), is_train=False)
+        self._inference.forward(mx.io.DataBatch([device_images(batch)], None), is_train=False)
         return self._inference.get_outputs()[0].asnumpy()
 
     def read_metrics(self) -> Metrics:
-        rows, counts = self._rows, self._counts
-        self._rows, self._counts = [], []
-        return sum_batches(mx.nd.stack(*rows).asnumpy() if rows else np.empty((0, 3), np.float32), counts)
+        return self._metrics.read()
 
     def get_state(self) -> TrainState:
         arg_params, aux_params = self._read_params()
@@ -90,7 +91,7 @@ class SymbolEngine:
         symbol = self._module.symbol
         params = {f"arg:{name}": arg_params[name].asnumpy() for name in symbol.list_arguments() if name in arg_params}
         params.update({f"aux:{name}": aux_params[name].asnumpy() for name in symbol.list_auxiliary_states()})
-        return TrainState(params, self._read_optimizer(), self._updates)
+        return TrainState(params, read_optimizer(self._places(), self._slots), self._updates)
 
     def set_state(self, state: TrainState) -> None:
         # Arrays of an empty dictionary cannot be told from a missing one by Module, so both kinds are always passed.
@@ -108,7 +109,7 @@ class SymbolEngine:
             {**self._optimizer_args, "begin_num_update": state.updates},
             force_init=True,
         )
-        self._write_optimizer(state.optimizer)
+        write_optimizer(self._places(), self._slots, state.optimizer)
 
     def close(self) -> None:
         mx.nd.waitall()
@@ -132,64 +133,14 @@ class SymbolEngine:
         mx.nd.waitall()
         return self._module.get_params()
 
-    def _images(self, batch: Batch) -> mx.nd.NDArray:
-        return mx.nd.array(batch.images, dtype="float32")
-
-    def _updater(self):
+    def _places(self) -> Places:
+        """The name is the key where the KVStore updates; else every device has a number for every parameter."""
         module = self._module
-        return module._kvstore._updater if module._update_on_kvstore else module._updater
-
-    def _state_keys(self) -> list[tuple[str, list]]:
-        """(parameter name, its keys in the updater): the name where the KVStore updates, else a number a device."""
-        names = self._module._exec_group.param_names
-        if self._module._update_on_kvstore:
-            return [(name, [name]) for name in names]
-        devices = len(self._module._context)
-        return [(name, [index * devices + k for k in range(devices)]) for index, name in enumerate(names)]
-
-    def _slots(self) -> tuple[str, ...]:
-        plain = self._optimizer_args.get("momentum") == 0.0
-        return () if plain else STATE_SLOTS[self._optimizer_name]
-
-    def _read_optimizer(self) -> dict[str, np.ndarray]:
-        states = self._updater().states
-        arrays = {}
-        for name, keys in self._state_keys():
-            if keys[0] in states:
-                for slot, array in zip(self._slots(), _as_tuple(states[keys[0]])):
-                    arrays[f"{slot}:{name}"] = array.asnumpy()
-        return arrays
-
-    def _write_optimizer(self, arrays: dict[str, np.ndarray]) -> None:
-        """Put saved optimizer arrays where MXNet's updater looks for them; without any, it starts from zeros."""
-        if not arrays or not self._slots():
-            return
-        updater = self._updater()
-        for name, keys in self._state_keys():
-            if f"{self._slots()[0]}:{name}" not in arrays:
-                continue
-            values = [arrays[f"{slot}:{name}"] for slot in self._slots()]
-            for key, context in zip(keys, self._module._context):
-                state = tuple(mx.nd.array(value, ctx=context, dtype=value.dtype) for value in values)
-                updater.states[key] = state if len(state) > 1 else state[0]
-                updater.states_synced[key] = True
-
-
-def _batch_sums(probabilities: mx.nd.NDArray, labels: mx.nd.NDArray) -> mx.nd.NDArray:
-    """(3,): summed loss, top-1 and top-5 hits of a batch, on the device; rows labelled -1 count nowhere.
-
-    The definition is that of training.metrics.batch_metrics.
-    """
-    labels = labels.as_in_context(probabilities.context)
-    counted = labels >= 0
-    own = mx.nd.pick(probabilities, mx.nd.maximum(labels, 0), axis=1, keepdims=True)
-    classes = mx.nd.arange(probabilities.shape[1], ctx=probabilities.context).expand_dims(0)
-    earlier = mx.nd.broadcast_lesser(classes, labels.expand_dims(1))
-    before = mx.nd.broadcast_greater(probabilities, own) + mx.nd.broadcast_equal(probabilities, own) * earlier
-    rank = before.sum(axis=1)
-    loss = -mx.nd.log(own.reshape((-1,)) + LOSS_FLOOR)
-    return mx.nd.stack(loss * counted, (rank < 1) * counted, (rank < TOP_K) * counted).sum(axis=1)
-
-
-def _as_tuple(state) -> tuple:
-    return state if isinstance(state, tuple) else (state,)
+        names = module._exec_group.param_names
+        if module._update_on_kvstore:
+            return {name: [(module._kvstore._updater, name)] for name in names}
+        devices = len(module._context)
+        return {
+            name: [(module._updater, index * devices + device) for device in range(devices)]
+            for index, name in enumerate(names)
+        }
