@@ -388,7 +388,9 @@ def _y_bounds(panel: Panel, groups: list[Group]) -> tuple[float, float] | None:
     if len(values) >= 60:
         high = min(high, 1.25 * float(np.quantile(values, 0.96)))
     margin = 0.04 * (high - low) or 0.05 * abs(high) or 0.05
-    return (max(0.0, low - margin) if low >= 0 else low - margin), high + margin
+    # The written rates hang from the upper edge; curves stay below them.
+    headroom = 3 * margin if any(rate_steps(group.runs[0]) for group in groups) else margin
+    return (max(0.0, low - margin) if low >= 0 else low - margin), high + headroom
 
 
 def _add_legends(figure: Figure, drawn: list[tuple[int, Group]], title: str) -> None:
