@@ -458,6 +458,7 @@ def start_saver(prefix: Path) -> subprocess.Popen:
 
 def test_kills_at_random_moments_never_cost_a_checkpoint(prefix):
     rng = np.random.default_rng(5)
+    save_best(save(prefix, 1))
     for _ in range(12):
         process = start_saver(prefix)
         time.sleep(0.03 + rng.random() * 0.05)
