@@ -70,9 +70,7 @@ def mxnet_bytes(mx, tmp_path, arrays) -> bytes:
 def mixed_arrays() -> dict[str, np.ndarray]:
     shapes = [(3,), (2, 3), (4, 3, 2, 2), (1, 1, 1, 1, 5), (0,), (2, 0, 3)]
     return {
-        f"arg:{dtype}_{i}": sample(np.dtype(dtype), shape)
-        for i, shape in enumerate(shapes)
-        for dtype in MXNET_DTYPES
+        f"arg:{dtype}_{i}": sample(np.dtype(dtype), shape) for i, shape in enumerate(shapes) for dtype in MXNET_DTYPES
     }
 
 
@@ -224,9 +222,7 @@ def test_bfloat16_agrees_with_ml_dtypes():
     assert write_arrays_to_bytes({"a": theirs}) == write_arrays_to_bytes({"a": theirs.view(BFLOAT16)})
 
 
-@pytest.mark.parametrize(
-    "value", [np.ones(2, complex), np.array(["x"]), np.array([None]), np.zeros(2, "<u2,<u2")]
-)
+@pytest.mark.parametrize("value", [np.ones(2, complex), np.array(["x"]), np.array([None]), np.zeros(2, "<u2,<u2")])
 def test_dtypes_the_format_lacks(value):
     with pytest.raises(ValueError, match="'arg:a' has dtype"):
         write_arrays_to_bytes({"arg:a": value})
