@@ -351,6 +351,13 @@ def test_first_of_several_labels_is_the_class(tmp_path):
     assert next(loader(records, 4, shuffle=False).batches(0)).labels.tolist() == [3, 4, 5, 6]
 
 
+@pytest.mark.parametrize("label", [float("nan"), float("inf"), -2.0, 1e20])
+def test_labels_that_are_no_classes_are_named(tmp_path, label):
+    records = write_pack(tmp_path / "label.rec", [png(picture(i)) for i in range(4)], [0.0, 1.0, label, 3.0])
+    with pytest.raises(UsageError, match="record 2 .*label .* is no class"):
+        list(loader(records, 4).batches(0))
+
+
 SCRIPT = """
 import sys, time
 from data_prep.recordio import RecordFile
@@ -390,3 +397,9 @@ def test_measuring_the_loader_alone(records):
     assert "1,500 images/s" in text
     assert "3.8 devices" in text
     assert "400 images/s" in text
+
+
+def test_measuring_a_pack_without_images_ends(tmp_path):
+    records = damaged_pack(tmp_path / "bad.rec", tuple(range(8)), count=8)
+    with pytest.raises(UsageError, match="no image of it decodes"):
+        measure_loader(loader(records, 4, skip_bad=True), seconds=0.05)

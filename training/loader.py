@@ -24,8 +24,8 @@ import cv2
 import numpy as np
 
 from data_prep.decode import DecodeError, Scratch, decode_image, image_size, reduction
-from data_prep.recordio import RecordError, RecordFile
-from engines.base import Batch
+from data_prep.recordio import Header, RecordError, RecordFile
+from engines.base import IGNORED_LABEL, Batch
 from errors import OptionError, ProjectError, UsageError
 from training.augment import Augmenter
 
@@ -68,6 +68,14 @@ def part_of_step(order: np.ndarray, step: int, batch_size: int, num_parts: int, 
     """
     group = order[step * batch_size * num_parts : (step + 1) * batch_size * num_parts]
     return np.array_split(group, num_parts)[part_index]
+
+
+def _class_of(header: Header) -> int:
+    """The class that an image record's (first) label names."""
+    label = header.label[0] if header.flag else header.label
+    if not IGNORED_LABEL <= label <= np.iinfo(np.int32).max:
+        raise RecordError(f"the label {label} is no class")
+    return int(label)
 
 
 @dataclass
@@ -250,6 +258,7 @@ class Loader:
     def _load(self, index: int, rng: np.random.Generator, out: np.ndarray) -> int:
         """Decode and augment a sample into `out`, uint8 (3, H, W); returns its class."""
         header, data = self.records.unpack(index)
+        label = _class_of(header)
         try:
             image = self._pixels(data, rng)
             if image.shape != (*self.image_shape[1:], 3) or image.dtype != np.uint8:
@@ -264,7 +273,7 @@ class Loader:
         except Exception as error:
             kind = type(error).__name__
             raise ProjectError(f"{self.records.where(index)}: augmentation failed: {kind}: {error}") from error
-        return int(header.label if header.flag == 0 else header.label[0])
+        return label
 
     def _pixels(self, data: memoryview, rng: np.random.Generator) -> np.ndarray:
         """The augmented image; it may lie in the thread's scratch memory, which the next one overwrites."""

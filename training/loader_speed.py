@@ -6,6 +6,7 @@ import time
 from itertools import count
 from typing import NamedTuple
 
+from errors import UsageError
 from training.loader import Loader
 
 # Training speeds to compare with, images/s of one device, as published: NVIDIA's SE-ResNeXt-101 on an A100 (AMP),
@@ -35,7 +36,8 @@ class LoaderFigures(NamedTuple):
 def measure_loader(loader: Loader, seconds: float = 10.0) -> LoaderFigures:
     """Read batches, epoch after epoch, for at least `seconds`, and drop them.
 
-    The clock starts when the first batch is there: start-up is not what a long run feels.
+    The clock starts when the first batch is there: start-up is not what a long run feels. Raises UsageError where
+    no image counts.
     """
     images, begin, skipped = 0, None, loader.skipped
     for epoch in count():
@@ -45,7 +47,9 @@ def measure_loader(loader: Loader, seconds: float = 10.0) -> LoaderFigures:
                 continue
             images += batch.valid
             elapsed = time.perf_counter() - begin
-            if elapsed >= seconds and images:
+            if elapsed >= seconds:
+                if not images:
+                    raise UsageError(f"{loader.records.path}: no image of it decodes; there is nothing to measure")
                 return LoaderFigures(
                     images, elapsed, loader.threads, loader.batch_size, loader.image_shape, loader.skipped - skipped
                 )
