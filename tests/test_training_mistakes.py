@@ -153,7 +153,7 @@ def test_overwrite_with_another_network(train, train_flags, tmp_path):
 def test_nothing_left_to_train(train, train_flags, capfd):
     assert train(train_flags(epochs=1, lr_steps="")) == 0
     capfd.readouterr()
-    refuse(train, train_flags(epochs=1, lr_steps="", resume=True), capfd, "raise --epochs")
+    refuse(train, train_flags(epochs=1, lr_steps="", resume=True), capfd, "--epochs is 1; raise it")
 
 
 def test_log_folder_that_cannot_be_written(train, train_flags, capfd, tmp_path):

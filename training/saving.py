@@ -8,7 +8,6 @@ from pathlib import Path
 from engines.base import TrainState
 from training.checkpoint import (
     EXTENSIONS,
-    checkpoint_stem,
     iter_checkpoints,
     prune,
     save_best,
@@ -55,10 +54,7 @@ class Saver:
             self.prefix, position.epoch, state, batch=position.batch, symbol_json=self.symbol_json,
             manifest={**self.manifest, "position": position.as_dict(), "metrics": metrics},
         )  # fmt: skip
+        # Old ones go first: the copy of the best may need their room.
+        prune(self.prefix, self.keep, [*self.protect, path])
         if best:
             save_best(path)
-        prune(
-            self.prefix,
-            self.keep,
-            [*self.protect, checkpoint_stem(self.prefix, position.epoch, position.batch)],
-        )

@@ -43,6 +43,11 @@ def choose_start(args: argparse.Namespace, shapes: Mapping[str, Shape], steps_pe
         messages = [f"passed over {path}: {reason}" for path, reason in passed_over]
         if checkpoint is not None:
             return _continue(args, checkpoint, shapes, steps_per_epoch, messages)
+        if passed_over and not args.overwrite:
+            raise UsageError(
+                f"nothing to resume from: {'; '.join(messages)}; --model-load-epoch N --retrain continues from "
+                "parameters alone, --overwrite starts afresh"
+            )
         messages.append(f"no checkpoint under {args.model_prefix} to resume from: starting from scratch")
         return _from_scratch(args, shapes, steps_per_epoch, messages)
     if args.model_load_epoch:
@@ -68,21 +73,23 @@ def _continue(args, checkpoint: Checkpoint, shapes, steps_per_epoch: int, messag
     manifest = checkpoint.manifest
     position = Position(epoch=checkpoint.epoch)
     if manifest is None:
-        messages.append(
-            f"{checkpoint.path.stem} has no manifest (another program wrote it): parameters are loaded, "
-            "the optimizer starts with fresh state"
+        found = (
+            "parameters and optimizer state are loaded"
+            if checkpoint.state.optimizer
+            else ("parameters are loaded, the optimizer starts with fresh state")
         )
+        messages.append(f"{checkpoint.path.stem} has no manifest (another program wrote it): {found}")
     else:
         position = Position.from_dict(manifest["position"])
         if position.batch and manifest["steps_per_epoch"] != steps_per_epoch:
             raise UsageError(
-                f"{checkpoint.path.stem} was saved inside an epoch of {manifest['steps_per_epoch']} batches, now an epoch has "
-                f"{steps_per_epoch}: continue with the same --batch-size and data, or from the end of an epoch "
+                f"{checkpoint.path.stem} was saved inside an epoch of {manifest['steps_per_epoch']} batches, now an "
+                f"epoch has {steps_per_epoch}: continue with the same --batch-size and data, or from an epoch's end "
                 f"(--model-load-epoch {position.epoch} --retrain)"
             )
     if position.epoch >= args.epochs:
         raise UsageError(
-            f"{checkpoint.path.stem} has completed {position.epoch} epochs and --epochs is {args.epochs}; raise --epochs"
+            f"{checkpoint.path.stem} has completed {position.epoch} epochs and --epochs is {args.epochs}; raise it"
         )
     state = TrainState(checkpoint.state.params, dict(checkpoint.state.optimizer), checkpoint.state.updates)
     if manifest is None:
@@ -106,8 +113,10 @@ def _finetune(args, checkpoint: Checkpoint, shapes, steps_per_epoch: int, messag
     start = _from_scratch(args, shapes, steps_per_epoch, messages)
     loaded = dict(checkpoint.state.params)
     for name in _classifier_of_other_size(shapes, loaded):
-        messages.append(f"{name} is initialised anew: {checkpoint.path.stem} has {len(loaded[name])} classes, "
-                        f"the data have {shapes[name][0]}")  # fmt: skip
+        found = f"has {len(loaded[name])} classes" if name in loaded else "lacks it"
+        messages.append(
+            f"{name} is initialised anew: {checkpoint.path.stem} {found}, the data have {shapes[name][0]} classes"
+        )
         loaded[name] = start.state.params[name]
     check_params(shapes, loaded, checkpoint.path)
     start.state.params = {name: loaded[name] for name in shapes}
@@ -117,15 +126,14 @@ def _finetune(args, checkpoint: Checkpoint, shapes, steps_per_epoch: int, messag
 
 
 def _classifier_of_other_size(shapes: Mapping[str, Shape], params: Mapping) -> list[str]:
-    """The last layer's parameters where they differ from the network's in the number of classes alone."""
+    """The last layer's parameters that are missing, or differ from the network's in the number of classes alone."""
+
+    def other_size(name: str) -> bool:
+        found, expected = params[name].shape, tuple(shapes[name])
+        return found != expected and found[1:] == expected[1:]
+
     last = [name for name in shapes if name.startswith("arg:")][-2:]
-    return [
-        name
-        for name in last
-        if name in params
-        and params[name].shape != tuple(shapes[name])
-        and params[name].shape[1:] == tuple(shapes[name][1:])
-    ]
+    return [name for name in last if name not in params or other_size(name)]
 
 
 def _schedule(args, steps_per_epoch: int, base_lr: float, begin: int = 0) -> Schedule:
