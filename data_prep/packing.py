@@ -13,7 +13,7 @@ import hashlib
 import json
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from itertools import islice
 from pathlib import Path
@@ -84,6 +84,7 @@ def pack_list(
             for results in ordered_map(worker, chunked(items, _CHUNK), workers):
                 for key, path, payload, reason in results:
                     _take(writer, rejections, packed, key, path, payload, reason)
+                _keep(writer.flush)
                 counter.add(len(results))
         finally:
             counter.close()
@@ -104,16 +105,21 @@ def _take(
 ) -> None:
     """Write one record, or the reason why there is none."""
     if payload is not None:
-        try:
-            writer.write(key, payload)
-        except ProjectError as error:
-            raise ProjectError(f"{error}; what is packed is kept: go on with --resume") from None
+        _keep(writer.write, key, payload)
         packed.written += 1
         return
     rejections.add(key, path, reason)
     packed.rejected += 1
     if not packed.written and packed.rejected >= _HOPELESS:
         raise UsageError(f"none of the first {_HOPELESS} images can be packed ({path}: {reason}): wrong folder?")
+
+
+def _keep(write: Callable, *arguments: object) -> None:
+    """Write, and say in case of failure what can be done about it."""
+    try:
+        write(*arguments)
+    except ProjectError as error:
+        raise ProjectError(f"{error}; what is packed is kept: go on with --resume") from None
 
 
 def _convert_chunk(

@@ -498,6 +498,14 @@ class RecordWriter:
             raise ProjectError(f"{self.path}: cannot be written: {error.strerror}") from None
         return offset
 
+    def flush(self) -> None:
+        """Hand what was written to the system: from here on it survives the end of this process."""
+        try:
+            for file in self._files:
+                file.flush()
+        except OSError as error:
+            raise ProjectError(f"{self.path}: cannot be written: {error.strerror}") from None
+
     def close(self) -> None:
         """Put pack and index, flushed to disk, in their places.
 
