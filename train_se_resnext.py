@@ -13,7 +13,8 @@ def main(argv: list[str] | None = None) -> int:
     """Run the command; returns its exit status (128 + signal when a signal ended the training)."""
     args = parse_args(argv)
     # numpy, OpenCV and the frameworks are imported once the flags are known to be right: --help answers at once.
-    from networks import declare, make_engine, prepare_process
+    from engine_choice import choose_engine, make_engine, prepare_process
+    from networks import declare
     from training.checkpoint import PrefixLock
     from training.data import open_data
     from training.loop import Trainer
@@ -22,13 +23,16 @@ def main(argv: list[str] | None = None) -> int:
 
     with open_data(args) as data:
         if args.test_io:
-            from training.loader import report_io
+            from training.loader_speed import report_io
 
-            return report_io(data.train)
+            return report_io(data.train, args.device_speed)
         prepare_process(args)
+        reason = choose_engine(args)
         network = declare(args, data.classes)
         with PrefixLock(args.model_prefix):
             start = choose_start(args, network.shapes, data.train.steps_per_epoch)
+            if reason:
+                start.messages.insert(0, reason)
             engine = make_engine(args, network)
             engine.set_state(start.state)
             saver = make_saver(args, network, data, start)

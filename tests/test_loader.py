@@ -18,8 +18,9 @@ from data_prep.recordio import Header, RecordFile, RecordWriter, pack
 from errors import ProjectError, UsageError
 from training.augment import train_augmenter, validation_augmenter
 from training.augment_options import AugmentOptions
-from training.loader import Loader, epoch_order
-from training.loader_speed import describe, measure_loader
+from training.loader import Loader, default_threads, epoch_order, processors
+from training.loader_speed import describe, measure_loader, report_io
+from training.options import parse_args
 
 ROOT = Path(__file__).resolve().parent.parent
 SIZE = 24
@@ -314,6 +315,12 @@ def test_memory_stays_flat(records):
     assert 2 <= ahead <= 22 < 53
 
 
+def test_small_images_get_one_thread(records, tmp_path):
+    assert default_threads(records) == loader(records).threads == 1
+    large = np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)
+    assert default_threads(write_pack(tmp_path / "large.rec", [png(large)])) == processors()
+
+
 def test_waiting_is_measured(records):
     def slow(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
         time.sleep(0.02)
@@ -397,6 +404,14 @@ def test_measuring_the_loader_alone(records):
     assert "1,500 images/s" in text
     assert "3.8 devices" in text
     assert "400 images/s" in text
+    assert "3,000 images of 24 x 24 pixels in 2.0 s, batches of 8, 1 thread)" in text
+
+
+def test_report_of_the_loader(records, capsys):
+    assert report_io(loader(records, 8), device_speed=50, seconds=0.05) == 0
+    assert "devices of 50 images/s (the given speed)" in capsys.readouterr().out
+    with pytest.raises(UsageError, match="add --test-io"):
+        parse_args(["--device-speed", "400"])
 
 
 def test_measuring_a_pack_without_images_ends(tmp_path):

@@ -35,6 +35,9 @@ Augment = Callable[[np.ndarray, np.random.Generator], np.ndarray]
 _CHUNK = 16
 # Batches in work or waiting while the consumer has one; more are in work where they are too small for all threads.
 _BATCHES_AHEAD = 3
+# Below this mean size of a record Python's share of the work outweighs decoding, and a second thread, waiting for the
+# interpreter, doubles the processor time for no more images/s.
+_SMALL_RECORD = 4096
 # What a stream of random numbers is for; part of the seed, so that order and augmentation are independent.
 _ORDER, _AUGMENTATION = 0, 1
 
@@ -42,6 +45,12 @@ _ORDER, _AUGMENTATION = 0, 1
 def processors() -> int:
     """Processors that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def default_threads(records: RecordFile) -> int:
+    """One a processor, or a single one where the images are too small to gain from more."""
+    small = records.path.stat().st_size < _SMALL_RECORD * len(records)
+    return 1 if small else processors()
 
 
 def epoch_order(samples: int, seed: int, epoch: int) -> np.ndarray:
@@ -96,7 +105,7 @@ class Loader:
     records: the pack; a record's (first) label is its class. batch_size: images in a batch of this part.
     image_shape: (3, H, W). augment: called with (uint8 (h, w, 3) RGB image, its generator), returns uint8 (H, W, 3);
     None where all images have the right size. shuffle: a permutation of the whole set for every epoch, else the
-    order of the pack. threads: None for one a processor. num_parts, part_index: this process gets its share of each
+    order of the pack. threads: None for `default_threads`. num_parts, part_index: this process gets its share of each
     step, see `part_of_step`. skip_bad: leave out images that do not decode instead of raising; the rest of their
     batch moves up and padding rows take their places.
 
@@ -134,7 +143,7 @@ class Loader:
             )
         self.records, self.batch_size, self.image_shape = records, batch_size, tuple(image_shape)
         self.seed, self.augment, self.shuffle, self.skip_bad = seed, augment, shuffle, skip_bad
-        self.threads = threads or processors()
+        self.threads = threads or default_threads(records)
         self.num_parts, self.part_index = num_parts, part_index
         self.wait_seconds = 0.0
         self.skipped = 0

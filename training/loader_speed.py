@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from itertools import count
 from typing import NamedTuple
@@ -60,9 +61,10 @@ def describe(figures: LoaderFigures, device_speed: float | None = None) -> str:
     """The figures as text; `device_speed`: images/s of one device, None for a few published ones."""
     height, width = figures.image_shape[1:]
     speed = figures.images_per_second
+    threads = "1 thread" if figures.threads == 1 else f"{figures.threads} threads"
     lines = [
         f"loader alone: {speed:,.0f} images/s ({figures.images:,} images of {width} x {height} pixels in "
-        f"{figures.seconds:.1f} s, batches of {figures.batch_size}, {figures.threads} threads)"
+        f"{figures.seconds:.1f} s, batches of {figures.batch_size}, {threads})"
     ]
     if figures.skipped:
         lines.append(f"{figures.skipped:,} images do not decode and were left out")
@@ -70,3 +72,10 @@ def describe(figures: LoaderFigures, device_speed: float | None = None) -> str:
     for name, device in speeds.items():
         lines.append(f"feeds {speed / device:.1f} devices of {device:,.0f} images/s ({name})")
     return "\n".join(lines)
+
+
+def report_io(loader: Loader, device_speed: float | None = None, seconds: float = 10.0) -> int:
+    """Measure and print; returns the exit status."""
+    print(f"reading {loader.records.path} for {seconds:g} s", file=sys.stderr)
+    print(describe(measure_loader(loader, seconds), device_speed))
+    return 0

@@ -10,7 +10,8 @@ from architectures import NETWORKS, option_names
 from errors import UsageError
 from training.augment_options import add_augment_args
 
-ENGINES = ("symbol",)
+ENGINES = ("auto", "symbol", "gluon", "torch")
+DTYPES = ("float32", "bfloat16", "float16")
 OPTIMIZERS = ("nag", "sgd", "adam")
 KV_STORES = ("device", "local", "nccl")
 DEFAULT_LR = 0.1
@@ -150,9 +151,15 @@ def add_data_args(parser: argparse.ArgumentParser, preset: Preset) -> None:
     )
     group.add_argument("--image-size", type=COUNT, default=preset.image_size, help="height and width in pixels")
     group.add_argument("--batch-size", type=COUNT, default=preset.batch_size, help="images an update, all devices")
-    group.add_argument("--data-threads", type=COUNT, default=None, help="decoding threads (default: all processors)")
+    group.add_argument(
+        "--data-threads", type=COUNT, default=None, help="decoding threads (default: processors; tiny images: 1)"
+    )
     group.add_argument("--skip-bad", action="store_true", help="count and skip images that do not decode")
     group.add_argument("--test-io", action="store_true", help="measure the loader alone, print images/s and stop")
+    group.add_argument(
+        "--device-speed", type=RATE, default=None, metavar="IMAGES/S",
+        help="with --test-io: say how many devices of this speed the loader can feed",
+    )  # fmt: skip
 
 
 def add_training_args(parser: argparse.ArgumentParser, preset: Preset) -> None:
@@ -210,9 +217,16 @@ def add_checkpoint_args(parser: argparse.ArgumentParser) -> None:
 
 def add_device_args(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("devices")
-    group.add_argument("--engine", choices=ENGINES, default="symbol", help="who executes the graph")
+    group.add_argument(
+        "--engine", choices=ENGINES, default="auto",
+        help="who executes the graph: MXNet's Module (symbol), MXNet's Gluon, or PyTorch; auto: symbol where MXNet can "
+        "do what is asked, else torch",
+    )  # fmt: skip
     group.add_argument("--gpus", type=device_list, default=None, metavar="0,1,...", help="GPUs (default: the CPU)")
     group.add_argument("--cpus", type=COUNT, default=None, metavar="N", help="N CPU contexts")
+    group.add_argument("--dtype", choices=DTYPES, default="float32", help="precision of PyTorch's arithmetic")
+    group.add_argument("--compile", action="store_true", help="let torch.compile generate the kernels")
+    group.add_argument("--no-tf32", action="store_true", help="full float32 products on GPUs that have TF32 (PyTorch)")
     group.add_argument("--kv-store", choices=KV_STORES, default="device", help="how gradients of devices are summed")
 
 
@@ -259,6 +273,12 @@ def check_args(args: argparse.Namespace, preset: Preset) -> None:
     """Refuse combinations that cannot work, each in one line that says what to change."""
     if args.network not in NETWORKS:
         raise UsageError(f"--network {args.network} does not exist; there are {', '.join(NETWORKS)}")
+    if args.device_speed is not None and not args.test_io:
+        raise UsageError("--device-speed only says what --test-io compares with; add --test-io")
+    torch_flags = {"--dtype": args.dtype != "float32", "--compile": args.compile, "--no-tf32": args.no_tf32}
+    for flag in (flag for flag, given in torch_flags.items() if given):
+        if args.engine in ("symbol", "gluon"):
+            raise UsageError(f"{flag} needs PyTorch: take --engine torch, or leave it out")
     if args.gpus is not None and args.cpus is not None:
         raise UsageError("--gpus and --cpus exclude each other; leave one out")
     if args.retrain and not args.model_load_epoch:
