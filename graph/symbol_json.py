@@ -321,12 +321,6 @@ def _attributes(raw: dict, where: str) -> dict[str, str]:
         values = raw.get(place) or {}
         if not isinstance(values, dict) or not all(isinstance(value, str) for value in values.values()):
             raise GraphError(f"{where}: {place!r} is not a mapping of texts")
-        # Where the op's own attributes have a place of their own, `attr` holds only those of the framework.
-        foreign = place == "attr" and "param" in raw
         for key, value in values.items():
-            plain = not (key.startswith("__") and key.endswith("__"))
-            of_input = key not in HIDDEN_KEYS and key.endswith(HIDDEN_KEYS)
-            if plain and (key in HIDDEN_KEYS or (foreign and not of_input)):
-                key = f"__{key}__"
-            merged[key] = value
+            merged[f"__{key}__" if key in HIDDEN_KEYS else key] = value
     return merged

@@ -142,15 +142,17 @@ class _Translation:
             if node.op in LABELLED_OPS and len(node.inputs) == 2
         }
         by_name = {self.graph.nodes[index].name: index for index in self.graph.order}
-        for name, shape in self.shapes.items():
+        for name in self.shapes:
             if name not in self.graph.arguments:
-                raise GraphError(f"the graph has no input {name!r}; its first argument is {self.graph.arguments[0]!r}")
-            self._enter(by_name[name], self.fx_graph.placeholder(name), torch.empty(shape, device="meta"))
-        for index in sorted(labels):
-            node = self.graph.nodes[index]
-            if node.is_variable and node.name not in self.shapes:
-                self.shapes[node.name] = ()
-                self._enter(index, self.fx_graph.placeholder(node.name, default_value=None), None)
+                first = self.graph.arguments[0]
+                raise GraphError(f"the graph has no input {name!r}; its first argument is {first!r}")
+        label_names = [self.graph.nodes[index].name for index in sorted(labels) if self._is_variable(Entry(index))]
+        self.inputs = [name for name in self.shapes if name not in label_names] + label_names
+        for name in self.inputs:
+            shape = self.shapes.get(name)
+            meta = None if shape is None else torch.empty(shape, device="meta")
+            default = {"default_value": None} if name in label_names else {}
+            self._enter(by_name[name], self.fx_graph.placeholder(name, **default), meta)
 
     def _enter(self, index: int, fx_node: fx.Node, meta: Tensor | None) -> None:
         self.values[Entry(index)] = fx.Proxy(fx_node, self.tracer)
@@ -247,9 +249,8 @@ class _Translation:
         def found(names):
             return {name: self.attributes[name] for name in names if name in self.attributes}
 
-        inputs = tuple(name for name in self.shapes)
         fixed = tuple(dict.fromkeys(self.fixed_gammas))
-        return Names(found(self.graph.arguments), found(self.graph.auxiliary), inputs, fixed)
+        return Names(found(self.graph.arguments), found(self.graph.auxiliary), tuple(self.inputs), fixed)
 
 
 # Ops that can write into their first input, and which ops leave an output behind that their own backward never

@@ -847,7 +847,7 @@ class SoftmaxOutput(nn.Module):
         self.factor: Tensor | None = None
 
     def forward(self, data: Tensor, label: Tensor | None = None) -> Tensor:
-        data = data.float()
+        data = data if data.dtype == torch.float64 else data.float()
         if label is None or not self.training:
             return self.options.probabilities(data)
         return SoftmaxCrossEntropy.apply(data, label, self.options, self.factor)
