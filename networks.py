@@ -1,9 +1,8 @@
-"""From flags to a declared network and the engine that executes it."""
+"""From flags to a declared network."""
 
 from __future__ import annotations
 
 import argparse
-import os
 from dataclasses import dataclass
 
 from training.options import network_flags
@@ -28,14 +27,6 @@ class Network:
     image_shape: tuple[int, int, int]
 
 
-def prepare_process(args: argparse.Namespace) -> None:
-    """Environment variables that must be set before MXNet is imported; what the user has set stays."""
-    # MXNet announces every bind on stderr, in the middle of the progress bar.
-    os.environ.setdefault("MXNET_SUBGRAPH_VERBOSE", "0")
-    if args.memonger:
-        os.environ["MXNET_BACKWARD_DO_MIRROR"] = "1"
-
-
 def declare(args: argparse.Namespace, classes: int) -> Network:
     """Declare the network that the flags name, for `classes` classes; UsageError where it does not exist."""
     from symbols import count, get_symbol
@@ -48,18 +39,3 @@ def declare(args: argparse.Namespace, classes: int) -> Network:
     shapes.update({f"aux:{n}": s for n, s in zip(symbol.list_auxiliary_states(), aux_shapes)})
     parameters, multiply_adds = count(symbol, image_shape)
     return Network(args.network, symbol, symbol.tojson(), shapes, parameters, multiply_adds, classes, image_shape)
-
-
-def make_engine(args: argparse.Namespace, network: Network):
-    """The engine that --engine names, on the devices that --gpus or --cpus name."""
-    from engines.symbol_engine import SymbolEngine
-    from mxnet_compat import gpu_contexts, mx
-
-    if args.gpus:
-        contexts = gpu_contexts(args.gpus)
-    else:
-        contexts = [mx.cpu(index) for index in range(args.cpus or 1)]
-    return SymbolEngine(
-        network.symbol, contexts, image_shape=network.image_shape, batch_size=args.batch_size,
-        optimizer=args.optimizer, momentum=args.mom, wd=args.wd, kv_store=args.kv_store, seed=args.seed,
-    )  # fmt: skip

@@ -32,7 +32,15 @@ def trained_updates(log_dir) -> int:
 
 
 def test_killed_twenty_times_ends_with_the_same_bits(train_flags, tmp_path):
-    flags = {"epochs": 3, "batch_size": 3, "save_every": 2, "frequent": 1, "drop_out": 0.2, "cpus": 1}
+    flags = {
+        "epochs": 3,
+        "batch_size": 3,
+        "save_every": 2,
+        "frequent": 1,
+        "drop_out": 0.2,
+        "cpus": 1,
+        "lr_steps": "1,2",
+    }
     straight = start_training(train_flags("straight", **flags), threads=2, stderr=-1, text=True)
     assert straight.wait(timeout=300) == 0, straight.communicate()[1]
     rng, log = random.Random(0), tmp_path / "log" / "killed"

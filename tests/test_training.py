@@ -71,6 +71,21 @@ def test_explicit_rate_holds_from_there_on(train, train_flags, tmp_path):
     assert rates == [(1, 0.02), (2, 0.001), (3, pytest.approx(0.0001))]
 
 
+def test_resume_with_the_same_command_continues_the_schedule(train, train_flags, tmp_path):
+    for epochs in (1, 2, 3):
+        # The rate falls after epoch 1; the same --lr on the command line must not raise it again.
+        assert train(train_flags(epochs=epochs, lr=0.02, lr_steps="1" if epochs > 1 else "", resume=True)) == 0
+    rates = [line["lr"] for line in read_lines(tmp_path / "log" / "run") if line["type"] == "epoch"]
+    assert rates == [0.02, pytest.approx(0.002), pytest.approx(0.002)]
+
+
+def test_resume_with_another_rate_takes_it_from_there_on(train, train_flags, tmp_path):
+    for epochs, rate in ((1, 0.02), (2, 0.005), (3, 0.005)):
+        assert train(train_flags(epochs=epochs, lr=rate, lr_steps="2" if epochs == 3 else "", resume=True)) == 0
+    rates = [line["lr"] for line in read_lines(tmp_path / "log" / "run") if line["type"] == "epoch"]
+    assert rates == [0.02, 0.005, pytest.approx(0.0005)]
+
+
 def test_resume_without_checkpoint_starts_from_scratch_and_says_so(train, train_flags, capfd):
     assert train(train_flags(epochs=1, lr_steps="", resume=True)) == 0
     assert "starting from scratch" in capfd.readouterr().err

@@ -141,12 +141,20 @@ def _schedule(args, steps_per_epoch: int, base_lr: float, begin: int = 0) -> Sch
 
 
 def _continued_schedule(args, steps_per_epoch: int, manifest: dict | None, update: int) -> Schedule:
-    """The saved run's schedule as if it had never stopped, or an explicit --lr from `update` on."""
-    if args.lr is not None:
+    """The saved run's schedule as if it had never stopped, or another --lr from `update` on.
+
+    --resume is the same command once more: there the --lr that the run began with is no new rate. With --retrain an
+    explicit --lr always is one.
+    """
+    saved = {"base_lr": DEFAULT_LR, "begin": 0} if manifest is None else manifest["schedule"]
+    if args.lr is not None and (args.retrain or args.lr not in (saved["base_lr"], _first_rate(manifest))):
         return _schedule(args, steps_per_epoch, args.lr, update)
-    if manifest is None:
-        return _schedule(args, steps_per_epoch, DEFAULT_LR)
-    return _schedule(args, steps_per_epoch, manifest["schedule"]["base_lr"], manifest["schedule"]["begin"])
+    return _schedule(args, steps_per_epoch, saved["base_lr"], saved["begin"])
+
+
+def _first_rate(manifest: dict | None) -> float | None:
+    """The --lr of the command that wrote a checkpoint."""
+    return None if manifest is None else manifest["arguments"]["lr"]
 
 
 def _claim_prefix(args) -> None:

@@ -1,0 +1,104 @@
+"""From flags to the engine that executes the network."""
+
+from __future__ import annotations
+
+import argparse
+import os
+
+from errors import UsageError
+from networks import Network
+from training.options import network_flags
+
+
+def choose_engine(args: argparse.Namespace) -> str | None:
+    """Replace `--engine auto` in `args` by the engine to take; returns why it is not MXNet, None if it is.
+
+    UsageError where neither MXNet nor PyTorch can do what is asked.
+    """
+    if args.engine != "auto":
+        return None
+    reason = _why_not_mxnet(args)
+    if reason is None:
+        args.engine = "symbol"
+        return None
+    problem = _why_not_torch(args)
+    if problem is not None:
+        raise UsageError(f"{reason}; and {problem}")
+    args.engine = "torch"
+    return f"engine torch, because {reason}"
+
+
+def _why_not_mxnet(args: argparse.Namespace) -> str | None:
+    if args.dtype != "float32" or args.compile or args.no_tf32:
+        return "--dtype, --compile and --no-tf32 need PyTorch"
+    # Before MXNet is imported: it reads them only then.
+    prepare_process(args)
+    try:
+        from mxnet_compat import gpu_problem
+    except ImportError as error:
+        return str(error)
+    return gpu_problem(args.gpus) if args.gpus else None
+
+
+def _why_not_torch(args: argparse.Namespace) -> str | None:
+    try:
+        import torch
+    except ImportError:
+        return "PyTorch is not installed (pip install -r requirements-torch.txt)"
+    if args.gpus and not torch.cuda.is_available():
+        return "PyTorch sees no GPU either"
+    return None
+
+
+def prepare_process(args: argparse.Namespace) -> None:
+    """Environment variables that must be set before MXNet is imported; what the user has set stays."""
+    # MXNet announces every bind on stderr, in the middle of the progress bar.
+    os.environ.setdefault("MXNET_SUBGRAPH_VERBOSE", "0")
+    if args.memonger:
+        os.environ["MXNET_BACKWARD_DO_MIRROR"] = "1"
+
+
+def make_engine(args: argparse.Namespace, network: Network):
+    """The engine that --engine names, on the devices that --gpus or --cpus name."""
+    return _MAKERS[args.engine](args, network)
+
+
+def _symbol_engine(args: argparse.Namespace, network: Network):
+    from engines.symbol_engine import SymbolEngine
+
+    shapes = {"image_shape": network.image_shape, "batch_size": args.batch_size}
+    return SymbolEngine(network.symbol, _contexts(args), **shapes, **_mxnet_options(args))
+
+
+def _gluon_engine(args: argparse.Namespace, network: Network):
+    from engines.gluon_engine import GluonEngine
+    from gluon import get_network
+
+    net = get_network(args.network, **network_flags(args, network.classes))
+    return GluonEngine(net, _contexts(args), **_mxnet_options(args))
+
+
+def _torch_engine(args: argparse.Namespace, network: Network):
+    from engines.torch_engine import TorchEngine
+
+    return TorchEngine(
+        network.json, image_shape=network.image_shape, batch_size=args.batch_size, optimizer=args.optimizer,
+        momentum=args.mom, wd=args.wd, seed=args.seed, device=f"cuda:{args.gpus[0]}" if args.gpus else "cpu",
+        dtype=args.dtype, compile=args.compile, tf32=not args.no_tf32, memonger=args.memonger,
+    )  # fmt: skip
+
+
+_MAKERS = {"symbol": _symbol_engine, "gluon": _gluon_engine, "torch": _torch_engine}
+
+
+def _mxnet_options(args: argparse.Namespace) -> dict:
+    return {
+        "optimizer": args.optimizer, "momentum": args.mom, "wd": args.wd, "kv_store": args.kv_store, "seed": args.seed,
+    }  # fmt: skip
+
+
+def _contexts(args: argparse.Namespace) -> list:
+    """MXNet's contexts of --gpus or --cpus; UsageError for GPUs that MXNet cannot use."""
+    from mxnet_compat import gpu_contexts, mx
+
+    return gpu_contexts(args.gpus) if args.gpus else [mx.cpu(index) for index in range(args.cpus or 1)]
