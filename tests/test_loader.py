@@ -142,6 +142,26 @@ def test_a_validation_batch_may_be_larger_than_the_set(records):
     assert numbers([batch]) == list(range(53))
 
 
+@pytest.mark.parametrize("kind", [".png", ".jpg"])
+def test_centre_crops_are_those_of_image_record_iter(tmp_path, kind):
+    from mxnet_compat import mx
+
+    rng = np.random.default_rng(2)
+    pictures = [
+        cv2.resize(rng.integers(0, 256, (5, 5, 3), dtype=np.uint8), (44, 40), interpolation=cv2.INTER_CUBIC)
+        for _ in range(6)
+    ]
+    records = write_pack(tmp_path / "centre.rec", [cv2.imencode(kind, picture)[1].tobytes() for picture in pictures])
+    # The crop as large as the short edge, so that nothing is resized.
+    augment = validation_augmenter(AugmentOptions(image_size=40))
+    ours = next(Loader(records, 6, (3, 40, 40), augment=augment, shuffle=False).batches(0))
+    theirs = mx.io.ImageRecordIter(
+        path_imgrec=str(records.path), data_shape=(3, 40, 40), batch_size=6, shuffle=False, verbose=False
+    ).next()
+    np.testing.assert_array_equal(ours.images, theirs.data[0].asnumpy())
+    np.testing.assert_array_equal(ours.labels, theirs.label[0].asnumpy())
+
+
 class CountingRecords(RecordFile):
     """A pack that notes which records were read."""
 
