@@ -27,10 +27,10 @@ def se_block(data: Symbol, name: str, channels: int, options: NetworkOptions) ->
     return layers.scale_channels(data, excitation, f"{name}_scale", channels)
 
 
-def residual_stem(options: SEResNetOptions) -> Symbol:
+def residual_stem(data: Symbol, options: SEResNetOptions) -> Symbol:
     """Input BatchNorm, which stands for mean/std normalisation of raw 0-255 pixels, and the first convolution."""
     filters = options.table.filters[0]
-    data = layers.batch_norm(layers.variable("data"), "bn_data", options, fix_gamma=True)
+    data = layers.batch_norm(data, "bn_data", options, fix_gamma=True)
     if options.stem == "cifar":
         return layers.conv(data, "conv0", filters, options, kernel=(3, 3), pad=(1, 1))
     body = layers.conv(data, "conv0", filters, options, kernel=(7, 7), stride=2, pad=(3, 3))

@@ -7,9 +7,9 @@ from symbols import blocks, layers
 from symbols.layers import Symbol
 
 
-def build(stages: tuple[Stage, ...], options: InceptionOptions) -> Symbol:
+def build(data: Symbol, stages: tuple[Stage, ...], options: InceptionOptions) -> Symbol:
     """The whole network, `data` (N, 3, H, W) to "softmax" (N, num_classes)."""
-    body = layers.variable("data")
+    body = data
     for stage in stages:
         for name in stage.block_names:
             (body,) = _rows(stage.block, body, name, options)
@@ -18,9 +18,7 @@ def build(stages: tuple[Stage, ...], options: InceptionOptions) -> Symbol:
     return blocks.classifier(body, "global_pool", options)
 
 
-def _rows(
-    rows: tuple[InceptionRow, ...], data: Symbol, block: str, options: InceptionOptions
-) -> list[Symbol]:
+def _rows(rows: tuple[InceptionRow, ...], data: Symbol, block: str, options: InceptionOptions) -> list[Symbol]:
     """Outputs of a sequence of rows: one, or those of all branches when it ends in a Fork."""
     body = data
     for row in rows:

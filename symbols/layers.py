@@ -1,4 +1,4 @@
-"""The operators of the declared graphs: the only file that calls `mx.sym` operators.
+"""The operators of the declared graphs: the only file that calls operators, MXNet's or their stand-ins (`backend`).
 
 Every node is named by its caller after its path and role. Data is float32 (N, C, H, W) unless a docstring says
 otherwise; `options` carries what is the same in the whole network (BatchNorm momentum, workspace).
@@ -8,14 +8,7 @@ from __future__ import annotations
 
 from architectures import BATCH_NORM_EPS, NetworkOptions
 from engines.base import IGNORED_LABEL
-from mxnet_compat import mx
-
-Symbol = mx.sym.Symbol
-
-
-def variable(name: str) -> Symbol:
-    """An input or parameter of the graph."""
-    return mx.sym.Variable(name)
+from symbols.backend import Symbol, operators
 
 
 def conv(
@@ -31,7 +24,7 @@ def conv(
     bias: bool = False,
 ) -> Symbol:
     """2-d convolution (cross-correlation); weight (filters, C / groups, kh, kw)."""
-    return mx.sym.Convolution(
+    return operators(data).Convolution(
         data,
         name=name,
         num_filter=filters,
@@ -46,25 +39,25 @@ def conv(
 
 def batch_norm(data: Symbol, name: str, options: NetworkOptions, *, fix_gamma: bool = False) -> Symbol:
     """BatchNorm over the channels; MXNet's own default would fix gamma at 1."""
-    return mx.sym.BatchNorm(data, name=name, fix_gamma=fix_gamma, eps=BATCH_NORM_EPS, momentum=options.bn_mom)
+    return operators(data).BatchNorm(data, name=name, fix_gamma=fix_gamma, eps=BATCH_NORM_EPS, momentum=options.bn_mom)
 
 
 def relu(data: Symbol, name: str) -> Symbol:
-    return mx.sym.Activation(data, act_type="relu", name=name)
+    return operators(data).Activation(data, act_type="relu", name=name)
 
 
 def sigmoid(data: Symbol, name: str) -> Symbol:
-    return mx.sym.Activation(data, act_type="sigmoid", name=name)
+    return operators(data).Activation(data, act_type="sigmoid", name=name)
 
 
 def max_pool(data: Symbol, name: str, *, pad: int = 0) -> Symbol:
     """Maximum over 3 x 3 windows at stride 2."""
-    return mx.sym.Pooling(data, kernel=(3, 3), stride=(2, 2), pad=(pad, pad), pool_type="max", name=name)
+    return operators(data).Pooling(data, kernel=(3, 3), stride=(2, 2), pad=(pad, pad), pool_type="max", name=name)
 
 
 def avg_pool(data: Symbol, name: str) -> Symbol:
     """Average over 3 x 3 windows at stride 1, the padding counted as zeros."""
-    return mx.sym.Pooling(data, kernel=(3, 3), stride=(1, 1), pad=(1, 1), pool_type="avg", name=name)
+    return operators(data).Pooling(data, kernel=(3, 3), stride=(1, 1), pad=(1, 1), pool_type="avg", name=name)
 
 
 def global_average(data: Symbol, name: str) -> Symbol:
@@ -72,38 +65,38 @@ def global_average(data: Symbol, name: str) -> Symbol:
 
     A `mean`, not a global Pooling: on CPU the Pooling's backward is a reference kernel, 20 to 200 times slower.
     """
-    return mx.sym.mean(data, axis=(2, 3), name=name)
+    return operators(data).mean(data, axis=(2, 3), name=name)
 
 
 def scale_channels(data: Symbol, scale: Symbol, name: str, channels: int) -> Symbol:
     """Multiply every channel of `data` by its number in `scale`, (N, channels)."""
-    columns = mx.sym.Reshape(scale, shape=(-1, channels, 1, 1), name=f"{name}_reshape")
-    return mx.sym.broadcast_mul(data, columns, name=name)
+    columns = operators(scale).Reshape(scale, shape=(-1, channels, 1, 1), name=f"{name}_reshape")
+    return operators(data).broadcast_mul(data, columns, name=name)
 
 
 def dense(data: Symbol, name: str, units: int) -> Symbol:
     """Fully connected layer with bias: (N, C) -> (N, units)."""
-    return mx.sym.FullyConnected(data, num_hidden=units, name=name)
+    return operators(data).FullyConnected(data, num_hidden=units, name=name)
 
 
 def dropout(data: Symbol, name: str, probability: float) -> Symbol:
     """Zero elements with `probability` in training; no node at all for 0."""
-    return mx.sym.Dropout(data, p=probability, name=name) if probability > 0 else data
+    return operators(data).Dropout(data, p=probability, name=name) if probability > 0 else data
 
 
 def add(left: Symbol, right: Symbol, name: str) -> Symbol:
     """Sum of two symbols of one shape; the arguments of `left` come first in the graph's order."""
-    return mx.sym.elemwise_add(left, right, name=name)
+    return operators(left).elemwise_add(left, right, name=name)
 
 
 def multiply(data: Symbol, factor: float, name: str) -> Symbol:
     """Multiply by a constant."""
-    return mx.sym._internal._mul_scalar(data, scalar=factor, name=name)
+    return operators(data)._internal._mul_scalar(data, scalar=factor, name=name)
 
 
 def concat(parts: list[Symbol], name: str) -> Symbol:
     """Join along the channels."""
-    return mx.sym.Concat(*parts, dim=1, name=name)
+    return operators(parts[0]).Concat(*parts, dim=1, name=name)
 
 
 def softmax_output(data: Symbol, name: str) -> Symbol:
@@ -111,4 +104,4 @@ def softmax_output(data: Symbol, name: str) -> Symbol:
 
     Rows labelled IGNORED_LABEL, the padding of a last batch, get no gradient.
     """
-    return mx.sym.SoftmaxOutput(data, name=name, use_ignore=True, ignore_label=IGNORED_LABEL)
+    return operators(data).SoftmaxOutput(data, name=name, use_ignore=True, ignore_label=IGNORED_LABEL)

@@ -7,6 +7,6 @@ from symbols import inception
 from symbols.layers import Symbol
 
 
-def build(options: InceptionOptions) -> Symbol:
+def build(data: Symbol, options: InceptionOptions) -> Symbol:
     """The whole network, `data` (N, 3, H, W) to "softmax" (N, num_classes)."""
-    return inception.build(INCEPTION_RESNET_V2, options)
+    return inception.build(data, INCEPTION_RESNET_V2, options)

@@ -1,4 +1,4 @@
-"""SE-ResNet (arXiv 1709.01507 on arXiv 1603.05027): pre-activation units, BatchNorm and ReLU before the convolutions."""
+"""SE-ResNet (arXiv 1709.01507 on arXiv 1603.05027): pre-activation units, BatchNorm and ReLU before convolutions."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ from symbols import blocks, layers
 from symbols.layers import Symbol
 
 
-def build(options: SEResNetOptions) -> Symbol:
+def build(data: Symbol, options: SEResNetOptions) -> Symbol:
     """The whole network, `data` (N, 3, H, W) to "softmax" (N, num_classes)."""
     unit = bottleneck_unit if options.table.bottleneck else basic_unit
-    body = blocks.residual_stages(blocks.residual_stem(options), unit, options)
+    body = blocks.residual_stages(blocks.residual_stem(data, options), unit, options)
     body = layers.relu(layers.batch_norm(body, "bn1", options), "relu1")
     return blocks.classifier(body, "pool1", options)
 
@@ -29,9 +29,7 @@ def bottleneck_unit(
     return _join(data, first, body, name, filters, stride, reshape, options)
 
 
-def basic_unit(
-    data: Symbol, name: str, filters: int, stride: int, reshape: bool, options: SEResNetOptions
-) -> Symbol:
+def basic_unit(data: Symbol, name: str, filters: int, stride: int, reshape: bool, options: SEResNetOptions) -> Symbol:
     """Two 3 x 3 convolutions."""
     first = layers.relu(layers.batch_norm(data, f"{name}_bn1", options), f"{name}_relu1")
     body = layers.conv(first, f"{name}_conv1", filters, options, kernel=(3, 3), stride=stride, pad=(1, 1))

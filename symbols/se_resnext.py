@@ -7,10 +7,10 @@ from symbols import blocks, layers
 from symbols.layers import Symbol
 
 
-def build(options: SEResNeXtOptions) -> Symbol:
+def build(data: Symbol, options: SEResNeXtOptions) -> Symbol:
     """The whole network, `data` (N, 3, H, W) to "softmax" (N, num_classes)."""
     unit = bottleneck_unit if options.table.bottleneck else basic_unit
-    body = blocks.residual_stages(blocks.residual_stem(options), unit, options)
+    body = blocks.residual_stages(blocks.residual_stem(data, options), unit, options)
     return blocks.classifier(body, "pool1", options)
 
 
@@ -37,9 +37,7 @@ def bottleneck_unit(
     return _join(data, body, name, filters, stride, reshape, options)
 
 
-def basic_unit(
-    data: Symbol, name: str, filters: int, stride: int, reshape: bool, options: SEResNeXtOptions
-) -> Symbol:
+def basic_unit(data: Symbol, name: str, filters: int, stride: int, reshape: bool, options: SEResNeXtOptions) -> Symbol:
     """Two 3 x 3 convolutions without groups, whatever num_group says."""
     body = layers.conv(data, f"{name}_conv1", filters, options, kernel=(3, 3), stride=stride, pad=(1, 1))
     body = layers.relu(layers.batch_norm(body, f"{name}_bn1", options), f"{name}_relu1")
