@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import numpy as np
 
 from engines.base import IGNORED_LABEL, Batch, Metrics, TrainState
@@ -56,7 +58,8 @@ class GluonEngine:
         if hybridize:
             net.hybridize(static_alloc=True, static_shape=True)
             self._inference.hybridize(static_alloc=True, static_shape=True)
-        self._parameters = net.collect_params()
+        own = net.collect_params()
+        self._parameters = {name: own[name] for name in [*self._arguments, *self._aux]}
         self._contexts = contexts
         self._optimizer_name = optimizer
         self._optimizer_args = optimizer_arguments(optimizer, momentum, wd)
@@ -139,7 +142,7 @@ class GluonEngine:
             array[begin:end].as_in_context(context) for context, begin, end in zip(self._contexts, bounds, bounds[1:])
         ]
 
-    def _load(self, parameters: mxgluon.ParameterDict, arrays: dict[str, np.ndarray]) -> None:
+    def _load(self, parameters: Mapping[str, mxgluon.Parameter], arrays: dict[str, np.ndarray]) -> None:
         """Fill parameters on all devices; arrays are replaced in place, since a static graph has bound them."""
         for name, parameter in parameters.items():
             if parameter._data is None:
