@@ -17,7 +17,7 @@ from errors import ProjectError, run_command
 FOLDER = Path("demo_run")
 PREFIX = FOLDER / "model" / "se-resnext-demo-20"
 LOG_DIR = FOLDER / "log" / "se-resnext-demo-20"
-STOP_AFTER = 3  # epochs of the first part
+STOP_AFTER = 5  # epochs of the first part
 
 
 def run(*command: str) -> None:

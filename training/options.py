@@ -44,7 +44,7 @@ PRESETS = {
     ),
     "cifar10": Preset("data/cifar10", 32, 164, 128, 200, (100, 150), 1, 4),
     "fashion-mnist": Preset("data/fashion-mnist", 28, 20, 128, 60, (30, 45), 1, 2),
-    "demo": Preset("data/demo", 28, 20, 64, 5, (3, 4), 1, 2),
+    "demo": Preset("data/demo", 28, 20, 64, 8, (5, 7), 1, 2),
 }  # fmt: skip
 
 # Prefixes of the original's four training scripts, so that its checkpoints are found where it left them.
