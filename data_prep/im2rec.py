@@ -14,6 +14,7 @@ if not __package__:
     # Run as a script: the project's folder takes the place of this one, whose modules are no top-level names.
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
+from data_prep.conversion import DEFAULT_QUALITY, JPEG, PNG, Conversion
 from data_prep.lists import (
     CLASSES_FILE,
     IMAGE_EXTENSIONS,
@@ -26,8 +27,6 @@ from data_prep.lists import (
 )
 from data_prep.workers import default_workers
 from errors import UsageError, run_command
-
-DEFAULT_QUALITY = {".jpg": 95, ".png": 9}
 
 
 def add_list_args(parser: argparse.ArgumentParser) -> None:
@@ -47,7 +46,7 @@ def add_pack_args(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--resize", type=int, default=0, help="pixels of the short edge; 0 leaves the size")
     group.add_argument("--center-crop", action="store_true", help="cut out the middle square, before resizing")
     group.add_argument("--quality", type=int, help="1-100 for .jpg (95 when unset), 1-9 for .png (9 when unset)")
-    group.add_argument("--encoding", choices=[".jpg", ".png"], default=".jpg", help="of images that are converted")
+    group.add_argument("--encoding", choices=[JPEG, PNG], default=JPEG, help="of images that are converted")
     group.add_argument(
         "--color", type=int, choices=[-1, 0, 1], default=1,
         help="1: RGB; 0: grey; -1: as the file has it, with alpha and 16 bits where the encoding holds them",
@@ -64,10 +63,8 @@ def add_pack_args(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
 
 
-def conversion_of(args: argparse.Namespace):
+def conversion_of(args: argparse.Namespace) -> Conversion:
     """The Conversion that the packing options ask for."""
-    from data_prep.images import Conversion
-
     if args.num_thread < 1:
         raise UsageError(f"--num-thread {args.num_thread}: at least one worker is needed")
     quality = DEFAULT_QUALITY[args.encoding] if args.quality is None else args.quality

@@ -19,8 +19,7 @@ from itertools import islice
 from pathlib import Path
 
 import atomic_file
-from data_prep.decode import DecodeError
-from data_prep.images import Conversion, convert
+from data_prep.conversion import Conversion
 from data_prep.lists import Item, check_list, read_list
 from data_prep.progress import Counter
 from data_prep.recordio import Header, RecordWriter, index_path_of, pack, partial_records
@@ -126,6 +125,10 @@ def _convert_chunk(
     root: str, conversion: Conversion, all_labels: bool, items: list[Item]
 ) -> list[tuple[int, str, bytes | None, str]]:
     """(key, path, payload or None, reason) for every item; runs in the workers."""
+    # Only the workers need the image libraries; the time to load them counts double on a few thousand images.
+    from data_prep.decode import DecodeError
+    from data_prep.images import convert
+
     results = []
     for item in items:
         try:

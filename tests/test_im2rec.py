@@ -19,7 +19,7 @@ from image_files import encoded, picture, rotated, write_tree
 from PIL import Image
 
 from data_prep import im2rec, lists_command, packing
-from data_prep.images import Conversion
+from data_prep.conversion import Conversion
 from data_prep.lists import read_list
 from data_prep.packing import pack_list
 from data_prep.recordio import RecordFile

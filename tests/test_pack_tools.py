@@ -15,7 +15,7 @@ from image_files import encoded, picture, write_tree
 
 from data_prep import __main__ as command
 from data_prep import edit, lists_command, show, stats, verify
-from data_prep.images import Conversion
+from data_prep.conversion import Conversion
 from data_prep.packing import pack_list
 from data_prep.recordio import Header, RecordFile, RecordWriter, pack
 from data_prep.workers import ordered_map
