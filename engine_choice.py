@@ -5,9 +5,10 @@ from __future__ import annotations
 import argparse
 import os
 
+from engines.group import Group
 from errors import UsageError
 from networks import Network
-from training.options import network_flags
+from training.options import ASYNC_STORE, DIST_STORES, network_flags
 
 
 def choose_engine(args: argparse.Namespace) -> str | None:
@@ -56,29 +57,46 @@ def prepare_process(args: argparse.Namespace) -> None:
     os.environ.setdefault("MXNET_SUBGRAPH_VERBOSE", "0")
     if args.memonger:
         os.environ["MXNET_BACKWARD_DO_MIRROR"] = "1"
+    if args.kv_store in DIST_STORES:
+        # Servers that update keep the optimizer's state to themselves. With dist_sync they only sum gradients, every
+        # worker does the same update, and the first one can save everything. dist_async knows no other place.
+        os.environ["MXNET_UPDATE_ON_KVSTORE"] = "1" if args.kv_store == ASYNC_STORE else "0"
 
 
-def make_engine(args: argparse.Namespace, network: Network):
-    """The engine that --engine names, on the devices that --gpus or --cpus name."""
-    return _MAKERS[args.engine](args, network)
+def join_group(args: argparse.Namespace) -> Group:
+    """The processes that train together, as --kv-store says; this one alone where it names none of several."""
+    if args.kv_store not in DIST_STORES or args.test_io:
+        return Group()
+    prepare_process(args)
+    reason = choose_engine(args)
+    if args.engine == "torch":
+        raise UsageError(f"--kv-store {args.kv_store} is MXNet's, which cannot be used here: {reason}")
+    from engines.kv_group import KVStoreGroup
+
+    return KVStoreGroup(args.kv_store, key_type=str if args.engine == "symbol" else int)
 
 
-def _symbol_engine(args: argparse.Namespace, network: Network):
+def make_engine(args: argparse.Namespace, network: Network, group: Group):
+    """The engine that --engine names, on the devices that --gpus or --cpus name; its part of `group`'s batches."""
+    return _MAKERS[args.engine](args, network, group)
+
+
+def _symbol_engine(args: argparse.Namespace, network: Network, group: Group):
     from engines.symbol_engine import SymbolEngine
 
-    shapes = {"image_shape": network.image_shape, "batch_size": args.batch_size}
-    return SymbolEngine(network.symbol, _contexts(args), **shapes, **_mxnet_options(args))
+    shapes = {"image_shape": network.image_shape, "batch_size": args.batch_size // group.size}
+    return SymbolEngine(network.symbol, _contexts(args), **shapes, **_mxnet_options(args, group))
 
 
-def _gluon_engine(args: argparse.Namespace, network: Network):
+def _gluon_engine(args: argparse.Namespace, network: Network, group: Group):
     from engines.gluon_engine import GluonEngine
     from gluon import get_network
 
     net = get_network(args.network, **network_flags(args, network.classes))
-    return GluonEngine(net, _contexts(args), **_mxnet_options(args))
+    return GluonEngine(net, _contexts(args), **_mxnet_options(args, group))
 
 
-def _torch_engine(args: argparse.Namespace, network: Network):
+def _torch_engine(args: argparse.Namespace, network: Network, group: Group):
     from engines.torch_engine import TorchEngine
 
     return TorchEngine(
@@ -91,9 +109,10 @@ def _torch_engine(args: argparse.Namespace, network: Network):
 _MAKERS = {"symbol": _symbol_engine, "gluon": _gluon_engine, "torch": _torch_engine}
 
 
-def _mxnet_options(args: argparse.Namespace) -> dict:
+def _mxnet_options(args: argparse.Namespace, group: Group) -> dict:
     return {
-        "optimizer": args.optimizer, "momentum": args.mom, "wd": args.wd, "kv_store": args.kv_store, "seed": args.seed,
+        "optimizer": args.optimizer, "momentum": args.mom, "wd": args.wd, "seed": args.seed,
+        "kv_store": getattr(group, "store", args.kv_store), "group": group,
     }  # fmt: skip
 
 

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import sys
+from contextlib import ExitStack
 
 from errors import run_command
 from training.options import parse_args
@@ -13,15 +14,15 @@ def main(argv: list[str] | None = None) -> int:
     """Run the command; returns its exit status (128 + signal when a signal ended the training)."""
     args = parse_args(argv)
     # numpy, OpenCV and the frameworks are imported once the flags are known to be right: --help answers at once.
-    from engine_choice import choose_engine, make_engine, prepare_process
+    from engine_choice import choose_engine, join_group, make_engine, prepare_process
     from networks import declare
     from training.checkpoint import PrefixLock
     from training.data import open_data
     from training.loop import Trainer
     from training.session import make_saver, open_log
-    from training.start import choose_start
+    from training.start import Start, choose_start
 
-    with open_data(args) as data:
+    with join_group(args) as group, open_data(args, group) as data, ExitStack() as held:
         if args.test_io:
             from training.loader_speed import report_io
 
@@ -29,19 +30,24 @@ def main(argv: list[str] | None = None) -> int:
         prepare_process(args)
         reason = choose_engine(args)
         network = declare(args, data.classes)
-        with PrefixLock(args.model_prefix):
-            start = choose_start(args, network.shapes, data.train.steps_per_epoch)
-            if reason:
-                start.messages.insert(0, reason)
-            engine = make_engine(args, network)
-            engine.set_state(start.state)
-            saver = make_saver(args, network, data, start)
-            log = open_log(args, network, data, start)
-            trainer = Trainer(engine, start.schedule, data, log, saver, args)
-            try:
-                return trainer.run(start.position)
-            finally:
-                engine.close()
+
+        def choose() -> Start:
+            held.enter_context(PrefixLock(args.model_prefix))
+            return choose_start(args, network.shapes, data.train.steps_per_epoch)
+
+        # The first of several processes writes the files, so it alone looks into them and tells the others.
+        start = group.decide(choose)
+        if reason:
+            start.messages.insert(0, reason)
+        engine = make_engine(args, network, group)
+        engine.set_state(start.state)
+        saver = make_saver(args, network, data, start)
+        log = open_log(args, network, data, start, group)
+        trainer = Trainer(engine, start.schedule, data, log, saver, args, group)
+        try:
+            return trainer.run(start.position)
+        finally:
+            engine.close()
 
 
 if __name__ == "__main__":

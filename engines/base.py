@@ -117,8 +117,10 @@ class TrainState:
 class Engine(Protocol):
     """What the training loop asks of an engine."""
 
-    def train_batch(self, batch: Batch, lr: float) -> None:
-        """Forward, backward and one update with learning rate `lr`; metrics stay on the device."""
+    def train_batch(self, batch: Batch, lr: float, total: int | None = None) -> None:
+        """Forward, backward and one update with learning rate `lr`; metrics stay on the device.
+
+        total: rows that count in the batches of all processes that train together (default: this batch's own)."""
 
     def predict(self, batch: Batch) -> np.ndarray:
         """Class probabilities in inference mode, float32 (N, classes), padding rows included."""
@@ -129,7 +131,9 @@ class Engine(Protocol):
         Raises NonFiniteLoss when a batch's loss was NaN or infinite."""
 
     def get_state(self) -> TrainState:
-        """Parameters, auxiliary states and optimizer state as host arrays (waits for the device)."""
+        """Parameters, auxiliary states and optimizer state as host arrays (waits for the device).
+
+        Where several processes train together all of them must ask; moving statistics are averaged over them."""
 
     def set_state(self, state: TrainState) -> None:
         """Continue from `state`; an empty `optimizer` dictionary means fresh optimizer state."""

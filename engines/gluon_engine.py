@@ -7,6 +7,7 @@ from collections.abc import Mapping
 import numpy as np
 
 from engines.base import IGNORED_LABEL, Batch, Metrics, TrainState
+from engines.group import Group
 from engines.mxnet_common import (
     DATA_NAME,
     DeviceMetrics,
@@ -14,6 +15,7 @@ from engines.mxnet_common import (
     device_images,
     device_labels,
     draws_random_numbers,
+    even_shares,
     optimizer_arguments,
     read_optimizer,
     seed_update,
@@ -41,8 +43,9 @@ class GluonEngine:
         optimizer: str = "nag",
         momentum: float = 0.9,
         wd: float = 1e-4,
-        kv_store: str = "device",
+        kv_store: str | mx.kv.KVStore = "device",
         seed: int = 0,
+        group: Group | None = None,
         hybridize: bool = True,
     ):
         data = mx.sym.var(DATA_NAME, dtype="float32")
@@ -66,13 +69,14 @@ class GluonEngine:
         self._slots = state_slots(optimizer, momentum)
         self._kv_store = kv_store
         self._seed = seed
+        self._group = group or Group()
         self._trainer: mxgluon.Trainer | None = None
         self._updates = 0
         self._metrics = DeviceMetrics()
 
-    def train_batch(self, batch: Batch, lr: float) -> None:
+    def train_batch(self, batch: Batch, lr: float, total: int | None = None) -> None:
         if self._draws:
-            seed_update(self._seed, self._updates)
+            seed_update(self._seed, self._updates, self._group.rank)
         labels = device_labels(batch)
         with mx.autograd.record():
             outputs = [
@@ -81,7 +85,7 @@ class GluonEngine:
             ]
         mx.autograd.backward(outputs)
         self._trainer.set_learning_rate(lr)
-        self._trainer.step(max(batch.valid, 1))
+        self._trainer.step(max(total or batch.valid, 1))
         self._updates += 1
         gathered = [output.as_in_context(self._contexts[0]) for output in outputs]
         self._metrics.add(mx.nd.concat(*gathered, dim=0), labels, batch.valid)
@@ -98,7 +102,8 @@ class GluonEngine:
 
     def get_state(self) -> TrainState:
         arrays = self._read_params()
-        if len(self._contexts) > 1:
+        if len(self._contexts) > 1 or self._group.size > 1:
+            arrays.update(self._group.mean({name: arrays[name] for name in self._aux}))
             # Moving statistics differ between devices and were averaged just now. The devices go on from the
             # average, as a run does that is continued from these files (and as SymbolEngine does).
             for name in self._aux:
@@ -132,12 +137,10 @@ class GluonEngine:
         return mx.nd.SoftmaxOutput(logits, labels, use_ignore=True, ignore_label=IGNORED_LABEL)
 
     def _split(self, array: mx.nd.NDArray) -> list[mx.nd.NDArray]:
-        """Rows for every device, as Module deals them: rounded shares, the rest to the last."""
-        rows, devices = len(array), len(self._contexts)
-        if devices == 1:
+        """Rows for every device."""
+        if len(self._contexts) == 1:
             return [array.as_in_context(self._contexts[0])]
-        share = int(round(rows / devices))
-        bounds = [share * index for index in range(devices)] + [rows]
+        bounds = np.cumsum([0, *even_shares(len(array), len(self._contexts))]).tolist()
         return [
             array[begin:end].as_in_context(context) for context, begin, end in zip(self._contexts, bounds, bounds[1:])
         ]

@@ -18,6 +18,14 @@ STATE_SLOTS = {"nag": ("momentum",), "sgd": ("momentum",), "adam": ("mean", "var
 Places = dict[str, list[tuple["mx.optimizer.Updater", object]]]
 
 
+def even_shares(rows: int, devices: int) -> list[int]:
+    """Rows of a batch that each device gets: as even as can be, the first ones get the rest.
+
+    MXNet's own rule rounds, which leaves the last device with much more, or none (6 rows for 4 devices).
+    """
+    return [rows // devices + (index < rows % devices) for index in range(devices)]
+
+
 def optimizer_arguments(optimizer: str, momentum: float, wd: float) -> dict[str, float]:
     """Arguments of MXNet's optimizer; adam has no momentum."""
     return {"wd": wd} if optimizer == "adam" else {"wd": wd, "momentum": momentum}
@@ -57,9 +65,13 @@ def draws_random_numbers(symbol: mx.sym.Symbol) -> bool:
     return any(node["op"] == "Dropout" for node in json.loads(symbol.tojson())["nodes"])
 
 
-def seed_update(seed: int, update: int) -> None:
-    """Seed MXNet's generators from (seed, update), so that a continued run draws the same numbers."""
-    mx.random.seed(int(np.random.SeedSequence((seed, update)).generate_state(1)[0] >> 1))
+def seed_update(seed: int, update: int, rank: int = 0) -> None:
+    """Seed MXNet's generators from (seed, update, rank), so that a continued run draws the same numbers.
+
+    From the one number MXNet makes a different one for every device.
+    """
+    entropy = (seed, update, rank) if rank else (seed, update)
+    mx.random.seed(int(np.random.SeedSequence(entropy).generate_state(1)[0] >> 1))
 
 
 def device_images(batch: Batch) -> mx.nd.NDArray:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from engines.base import Batch, Metrics, TrainState
+from engines.group import Group
 from engines.mxnet_common import (
     DATA_NAME,
     LABEL_NAME,
@@ -13,6 +14,7 @@ from engines.mxnet_common import (
     device_images,
     device_labels,
     draws_random_numbers,
+    even_shares,
     optimizer_arguments,
     read_optimizer,
     seed_update,
@@ -27,7 +29,8 @@ class SymbolEngine:
 
     symbol: ends in SoftmaxOutput(use_ignore=True, ignore_label=-1). image_shape: (3, H, W). batch_size: rows of all
     contexts together. wd acts on parameters whose name ends in _weight or _gamma (MXNet's rule). seed decides the
-    dropout masks, which are drawn from (seed, update) so that a continued run draws the same ones.
+    dropout masks, which are drawn from (seed, update, rank) so that a continued run draws the same ones.
+    kv_store: a name, or the KVStore of `group`, the processes that train together; batch_size is this one's part.
     Nothing can be trained before set_state().
     """
 
@@ -41,12 +44,14 @@ class SymbolEngine:
         optimizer: str = "nag",
         momentum: float = 0.9,
         wd: float = 1e-4,
-        kv_store: str = "device",
+        kv_store: str | mx.kv.KVStore = "device",
         seed: int = 0,
+        group: Group | None = None,
     ):
         self._symbol, self._contexts = symbol, contexts
         self._shapes = [(DATA_NAME, (batch_size, *image_shape))], [(LABEL_NAME, (batch_size,))]
-        self._module = mx.mod.Module(symbol, [DATA_NAME], [LABEL_NAME], context=contexts)
+        self._shares = even_shares(batch_size, len(contexts))
+        self._module = self._new_module()
         self._module.bind(*self._shapes)
         self._inference: mx.mod.Module | None = None  # bound while weights stay as they are
         self._optimizer_name = optimizer
@@ -54,21 +59,20 @@ class SymbolEngine:
         self._slots = state_slots(optimizer, momentum)
         self._kv_store = kv_store
         self._seed = seed
+        self._group = group or Group()
         # Seeding costs a call into every device; only dropout draws random numbers.
         self._draws = draws_random_numbers(symbol)
         self._updates = 0
         self._metrics = DeviceMetrics()
 
-    def train_batch(self, batch: Batch, lr: float) -> None:
+    def train_batch(self, batch: Batch, lr: float, total: int | None = None) -> None:
         self._inference = None
         if self._draws:
-            seed_update(self._seed, self._updates)
+            seed_update(self._seed, self._updates, self._group.rank)
         labels = device_labels(batch)
         self._module.forward(mx.io.DataBatch([device_images(batch)], [labels], pad=batch.pad), is_train=True)
         self._module.backward()
-        optimizer = self._module._optimizer
-        optimizer.lr = lr
-        optimizer.rescale_grad = 1.0 / max(batch.valid, 1)
+        self._prepare_optimizer(lr, total or batch.valid)
         self._module.update()
         self._updates += 1
         self._metrics.add(self._module.get_outputs()[0], labels, batch.valid)
@@ -84,13 +88,14 @@ class SymbolEngine:
 
     def get_state(self) -> TrainState:
         arg_params, aux_params = self._read_params()
-        if len(self._module._context) > 1:
+        symbol = self._module.symbol
+        aux = self._group.mean({name: aux_params[name].asnumpy() for name in symbol.list_auxiliary_states()})
+        if len(self._module._context) > 1 or self._group.size > 1:
             # Moving statistics differ between devices and were averaged just now. The devices go on from the
             # average, as a run does that is continued from these files (Module.fit does the same after an epoch).
-            self._module.set_params(arg_params, aux_params)
-        symbol = self._module.symbol
+            self._module.set_params(arg_params, {name: mx.nd.array(array) for name, array in aux.items()})
         params = {f"arg:{name}": arg_params[name].asnumpy() for name in symbol.list_arguments() if name in arg_params}
-        params.update({f"aux:{name}": aux_params[name].asnumpy() for name in symbol.list_auxiliary_states()})
+        params.update({f"aux:{name}": aux[name] for name in symbol.list_auxiliary_states()})
         return TrainState(params, read_optimizer(self._places(), self._slots), self._updates)
 
     def set_state(self, state: TrainState) -> None:
@@ -114,6 +119,24 @@ class SymbolEngine:
     def close(self) -> None:
         mx.nd.waitall()
 
+    def _new_module(self) -> mx.mod.Module:
+        return mx.mod.Module(
+            self._symbol, [DATA_NAME], [LABEL_NAME], context=self._contexts, work_load_list=self._shares
+        )
+
+    def _prepare_optimizer(self, lr: float, rows: int) -> None:
+        """Rate and scale of the next update; `rows` count in it."""
+        optimizer = self._module._optimizer
+        if self._group.lockstep:
+            optimizer.lr = lr
+            optimizer.rescale_grad = 1.0 / max(rows, 1)
+        elif optimizer.lr != lr:
+            # The servers of dist_async work with a copy, which is sent anew (and forgets its momentum) when the rate
+            # changes. Its scale stays that of a whole batch: rows of padding have no gradient.
+            optimizer.lr = lr
+            if self._group.leads:
+                self._kv_store.set_optimizer(optimizer)
+
     def _bind_inference(self) -> mx.mod.Module:
         """A module of its own for inference with the weights of now.
 
@@ -121,7 +144,7 @@ class SymbolEngine:
         which kernel meets which layout is a race. And its fused convolutions keep what they folded from the first
         weights they saw, so new weights need a new binding.
         """
-        module = mx.mod.Module(self._symbol, [DATA_NAME], [LABEL_NAME], context=self._contexts)
+        module = self._new_module()
         module.bind(*self._shapes, for_training=False)
         arg_params, aux_params = self._read_params()
         module.init_params(arg_params=arg_params, aux_params=aux_params)
@@ -137,6 +160,8 @@ class SymbolEngine:
         """The name is the key where the KVStore updates; else every device has a number for every parameter."""
         module = self._module
         names = module._exec_group.param_names
+        if not self._group.lockstep:
+            return {}  # on the servers, which do not hand it out
         if module._update_on_kvstore:
             return {name: [(module._kvstore._updater, name)] for name in names}
         devices = len(module._context)

@@ -75,7 +75,7 @@ class TorchEngine:
         self._rows: list[Tensor] = []
         self._counts: list[int] = []
 
-    def train_batch(self, batch: Batch, lr: float) -> None:
+    def train_batch(self, batch: Batch, lr: float, total: int | None = None) -> None:
         self._module.train()
         if self._draws:
             _seed_update(self._seed, self._updates)
@@ -84,7 +84,7 @@ class TorchEngine:
             probabilities = self._train_forward(self._images(batch), labels)
         probabilities.backward(torch.ones_like(probabilities))
         self._updates += 1
-        self._update(lr, 1.0 / max(batch.valid, 1))
+        self._update(lr, 1.0 / max(total or batch.valid, 1))
         with torch.no_grad():
             self._rows.append(batch_sums(probabilities.detach(), labels))
         self._counts.append(batch.valid)
@@ -194,7 +194,7 @@ def _prepare_device(device: str, threads: int | None, tf32: bool) -> torch.devic
 
 def _seed_update(seed: int, update: int) -> None:
     """Seed PyTorch's generators from (seed, update), so that a continued run draws the same dropout masks."""
-    torch.manual_seed(int(np.random.SeedSequence((seed, update)).generate_state(1, np.uint64)[0] >> 1))
+    torch.manual_seed(int(np.random.SeedSequence((seed, update)).generate_state(1, np.uint64)[0]) >> 1)
 
 
 def batch_sums(probabilities: Tensor, labels: Tensor) -> Tensor:

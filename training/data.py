@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from data_prep.recordio import RecordFile
+from engines.group import Group
 from errors import UsageError
 from training.augment import train_augmenter, validation_augmenter
 from training.augment_options import augment_options
@@ -39,17 +40,21 @@ class Data:
                 loader.records.close()
 
 
-def open_data(args: argparse.Namespace, *, num_parts: int = 1, part_index: int = 0) -> Data:
-    """Open --train-rec and --val-rec; UsageError when they are missing, empty or do not fit the flags."""
+def open_data(args: argparse.Namespace, group: Group) -> Data:
+    """Open --train-rec and --val-rec; UsageError when they are missing, empty or do not fit the flags.
+
+    --batch-size is that of all processes in `group` together; each of them gets its part of every batch.
+    """
     records = open_pack(args.train_rec, "--train-rec", args)
     classes = check_labels(records, args.num_classes)
     check_size(records, args.num_examples, args.batch_size)
     shape = (3, args.image_size, args.image_size)
     shared = {"seed": args.seed, "threads": args.data_threads, "skip_bad": args.skip_bad}
+    shared.update(num_parts=group.size, part_index=group.rank)
+    batch_size = part_of_batch(args.batch_size, group)
     options = augment_options(args)
     train = Loader(
-        records, args.batch_size, shape, augment=train_augmenter(options), shuffle=True,
-        num_parts=num_parts, part_index=part_index, **shared,
+        records, batch_size, shape, augment=train_augmenter(options), shuffle=True, **shared,
     )  # fmt: skip
     validation, val_images = None, 0
     if args.val_rec is not None:
@@ -58,13 +63,20 @@ def open_data(args: argparse.Namespace, *, num_parts: int = 1, part_index: int =
         val_images = len(val_records)
         validation = Loader(
             val_records,
-            args.batch_size,
+            batch_size,
             shape,
             augment=validation_augmenter(options),
             shuffle=False,
             **shared,
         )
     return Data(train, validation, classes, len(records), val_images)
+
+
+def part_of_batch(batch_size: int, group: Group) -> int:
+    """Rows of a batch that each process of `group` takes; UsageError where they cannot be equally many."""
+    if batch_size % group.size:
+        raise UsageError(f"--batch-size {batch_size} cannot be shared by {group.size} processes; make it a multiple")
+    return batch_size // group.size
 
 
 def open_pack(path: Path, flag: str, args: argparse.Namespace) -> RecordFile:

@@ -8,12 +8,14 @@ import signal
 import time
 
 from engines.base import Engine, Metrics, NonFiniteLoss
+from engines.group import Group
 from errors import ProjectError
 from training.checkpoint import CheckpointError
 from training.data import Data
+from training.heartbeat import Heartbeat
 from training.metrics import batch_metrics
 from training.position import Position
-from training.progress import EpochProgress
+from training.progress import EpochProgress, Nowhere
 from training.run_log import RunLog
 from training.saving import Saver
 from training.schedule import Schedule
@@ -22,11 +24,27 @@ SIGNAL_EXIT_BASE = 128
 
 
 class StopRequest:
-    """Turns the first SIGTERM or SIGINT into a flag that the loop reads; a second one ends the process at once."""
+    """Turns the first SIGTERM or SIGINT into a flag that the loop reads; a second one ends the process at once.
 
-    def __init__(self) -> None:
+    signal: what this process got. agreed: what the processes of the group know of together, so that they stop after
+    the same batch.
+    """
+
+    def __init__(self, group: Group) -> None:
         self.signal: int | None = None
+        self.agreed: int | None = None
+        self._group = group
         self._previous: dict = {}
+
+    def share(self, rows: int = 0) -> int:
+        """Make a signal that any process got known to all; returns the sum of all processes' `rows` on the way."""
+        if not self._group.lockstep:
+            self.agreed = self.signal
+            return rows
+        total, signals, numbers = self._group.sum([rows, self.signal is not None, self.signal or 0])
+        if signals:
+            self.agreed = int(numbers / signals)
+        return int(total)
 
     def __enter__(self) -> StopRequest:
         for number in (signal.SIGTERM, signal.SIGINT):
@@ -45,7 +63,7 @@ class StopRequest:
     @property
     def exit_status(self) -> int:
         """128 + signal as shells report it, or 0 when none came."""
-        return SIGNAL_EXIT_BASE + self.signal if self.signal else 0
+        return SIGNAL_EXIT_BASE + self.agreed if self.agreed else 0
 
 
 class _Window:
@@ -64,7 +82,7 @@ class Trainer:
     """Runs epochs from a position to the end, or until a signal.
 
     args: epochs in all; frequent, batches between two train lines; save_every, updates between two saves inside an
-    epoch (0 for none).
+    epoch (0 for none). group: the processes that train together; the first one logs and saves.
     """
 
     def __init__(
@@ -75,8 +93,11 @@ class Trainer:
         log: RunLog,
         saver: Saver,
         args: argparse.Namespace,
+        group: Group,
     ):
         self.engine = engine
+        self.group = group
+        self.heartbeat = Heartbeat(group.rank)
         self.schedule = schedule
         self.train_loader = data.train
         self.val_loader = data.validation
@@ -89,11 +110,12 @@ class Trainer:
 
     def run(self, position: Position) -> int:
         """Train until `epochs` epochs are complete; returns the exit status (0, or 128 + signal)."""
-        with StopRequest() as stop:
-            while position.epoch < self.epochs and not stop.signal:
+        with StopRequest(self.group) as stop:
+            while position.epoch < self.epochs and not stop.agreed:
                 self._run_epoch(position, stop)
-            if stop.signal:
-                name = signal.Signals(stop.signal).name
+                stop.share()
+            if stop.agreed:
+                name = signal.Signals(stop.agreed).name
                 self.log.message(
                     f"{name}: stopped at epoch {position.epoch + 1}, batch {position.batch}; --resume goes on"
                 )
@@ -103,12 +125,14 @@ class Trainer:
         started = time.monotonic()
         window = _Window(position.images, self.train_loader.wait_seconds)
         self._train_batches(position, stop)
-        if position.batch < self.train_loader.steps_per_epoch or stop.signal:
+        if position.batch < self.train_loader.steps_per_epoch or stop.agreed:
             self._save_running(position)
             return
         rate, data_wait = window.figures(position.images, self.train_loader.wait_seconds)
         validation = self._validate() if self.val_loader else None
         train, position.epoch_sums = position.epoch_sums, Metrics()
+        if not self.group.lockstep:
+            train = self.group.sum_metrics(train)
         position.epoch, position.batch = position.epoch + 1, 0
         score = {"epoch": position.epoch, "top1": (validation or train).top1}
         is_best = position.best is None or score["top1"] > position.best["top1"]
@@ -126,7 +150,7 @@ class Trainer:
         if self.train_loader.skipped:
             self.log.message(f"{self.train_loader.skipped} training images did not decode and were skipped so far")
         metrics = {"train": train.rates(), "validation": validation.rates() if validation else None}
-        self._guard(lambda: self.saver.save(position, self.engine.get_state(), metrics, best=is_best))
+        self._save(position, metrics, best=is_best)
 
     def _train_batches(self, position: Position, stop: StopRequest) -> None:
         """The rest of the running epoch, or as much of it as a signal leaves."""
@@ -134,22 +158,26 @@ class Trainer:
         self._first_unread = position.batch + 1
         window = _Window(position.images, self.train_loader.wait_seconds)
         batches = self.train_loader.batches(position.epoch, start_batch=position.batch)
-        with EpochProgress(steps, position.epoch + 1, self.epochs, initial=position.batch) as progress:
+        file, first = (None if self.group.leads else Nowhere()), position.batch
+        with EpochProgress(steps, position.epoch + 1, self.epochs, initial=position.batch, file=file) as progress:
             for batch in batches:
                 lr = self.schedule.lr_at(self._updates(position))
-                if batch.valid:
-                    self.engine.train_batch(batch, lr)
+                rows = stop.share(batch.valid)
+                if stop.agreed and position.batch > first:
+                    break
+                if rows:
+                    self.engine.train_batch(batch, lr, rows)
+                self.heartbeat.beat()
                 position.batch += 1
-                position.images += batch.valid
+                position.images += rows
                 if position.batch % self.frequent == 0 or position.batch == steps:
                     window = self._report(position, lr, window, progress)
                 else:
                     progress.update(position.batch)
-                if stop.signal:
-                    break
                 if self.save_every and position.batch < steps and self._updates(position) % self.save_every == 0:
                     self._save_running(position)
         batches.close()
+        stop.share()
 
     def _report(self, position: Position, lr: float, window: _Window, progress: EpochProgress) -> _Window:
         """Read the metrics of the batches since the last train line, log and show them."""
@@ -165,35 +193,48 @@ class Trainer:
         return _Window(position.images, self.train_loader.wait_seconds)
 
     def _read_metrics(self, position: Position) -> None:
-        """Move what the engine collected into the position; a loss that is not finite ends the run here."""
+        """Move what the engines collected into the position; a loss that is not finite ends the run here."""
+        own, failure = Metrics(), None
         try:
-            position.window_sums = position.window_sums + self.engine.read_metrics()
+            own = self.engine.read_metrics()
         except NonFiniteLoss as error:
             number = self._first_unread + error.offset
-            raise ProjectError(
+            failure = ProjectError(
                 f"the loss became {error.loss} in epoch {position.epoch + 1}, batch {number}: training stops, the last "
                 "checkpoint is untouched; lower --lr (or look at the data of that batch)"
-            ) from None
+            )
+        if self.group.lockstep:
+            if self.group.sum([failure is not None])[0] and failure is None:
+                failure = ProjectError("the loss is not finite in another process, whose message names the batch")
+            own = self.group.sum_metrics(own)
+        if failure:
+            raise failure
+        position.window_sums = position.window_sums + own
         self._first_unread = position.batch + 1
 
     def _validate(self) -> Metrics:
-        total = Metrics()
+        """Metrics of the validation set, of which every process takes its part."""
+        own = Metrics()
         for batch in self.val_loader.batches(0):
             probabilities = self.engine.predict(batch)[: batch.valid]
-            total = total + batch_metrics(probabilities, batch.labels[: batch.valid])
-        return total
+            own = own + batch_metrics(probabilities, batch.labels[: batch.valid])
+            self.heartbeat.beat()
+        return self.group.sum_metrics(own)
 
     def _updates(self, position: Position) -> int:
         return position.epoch * self.train_loader.steps_per_epoch + position.batch
 
     def _save_running(self, position: Position) -> None:
         self._read_metrics(position)
-        self._guard(lambda: self.saver.save(position, self.engine.get_state()))
+        self._save(position)
 
-    def _guard(self, save) -> None:
+    def _save(self, position: Position, metrics: dict | None = None, best: bool = False) -> None:
         """Save; a checkpoint that cannot be written is said so, and the training goes on."""
+        state = self.engine.get_state()
+        if not self.group.leads:
+            return
         try:
-            save()
+            self.saver.save(position, state, metrics, best=best)
         except CheckpointError as error:
             self.log.message(f"warning: {error}; the training goes on, the last whole checkpoint is untouched")
 

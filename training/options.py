@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,7 +14,9 @@ from training.augment_options import add_augment_args
 ENGINES = ("auto", "symbol", "gluon", "torch")
 DTYPES = ("float32", "bfloat16", "float16")
 OPTIMIZERS = ("nag", "sgd", "adam")
-KV_STORES = ("device", "local", "nccl")
+ASYNC_STORE = "dist_async"
+DIST_STORES = ("dist_sync", "dist_device_sync", ASYNC_STORE)
+KV_STORES = ("device", "local", "nccl", *DIST_STORES)
 DEFAULT_LR = 0.1
 DEFAULT_GROUPS = 32
 NO_VALIDATION = "none"
@@ -227,7 +230,10 @@ def add_device_args(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--dtype", choices=DTYPES, default="float32", help="precision of PyTorch's arithmetic")
     group.add_argument("--compile", action="store_true", help="let torch.compile generate the kernels")
     group.add_argument("--no-tf32", action="store_true", help="full float32 products on GPUs that have TF32 (PyTorch)")
-    group.add_argument("--kv-store", choices=KV_STORES, default="device", help="how gradients of devices are summed")
+    group.add_argument(
+        "--kv-store", choices=KV_STORES, default="device",
+        help="how MXNet sums the gradients of devices; dist_*: of the workers that python -m training.launch starts",
+    )  # fmt: skip
 
 
 def add_log_args(parser: argparse.ArgumentParser) -> None:
@@ -290,6 +296,7 @@ def check_args(args: argparse.Namespace, preset: Preset) -> None:
         default = preset.depth if name == "depth" else DEFAULT_GROUPS
         if name not in has and getattr(args, name) != default:
             raise UsageError(f"--network {args.network} has no {flag}; leave it out")
+    check_devices(args)
     devices = len(args.gpus) if args.gpus else args.cpus or 1
     if args.batch_size < devices:
         raise UsageError(f"--batch-size {args.batch_size} is smaller than the number of devices ({devices})")
@@ -299,6 +306,26 @@ def check_args(args: argparse.Namespace, preset: Preset) -> None:
             f"--lr-steps {late[0]} never comes: training ends after epoch {args.epochs}; raise --epochs or leave it out"
         )
     args.lr_steps = tuple(step for step in args.lr_steps if step < args.epochs)
+
+
+def check_devices(args: argparse.Namespace) -> None:
+    """Refuse what --kv-store cannot do."""
+    store = args.kv_store
+    if store == "nccl" and not args.gpus:
+        raise UsageError("--kv-store nccl sums gradients of GPUs; name them with --gpus, or take --kv-store device")
+    if store not in DIST_STORES or args.test_io:
+        return
+    if args.engine == "torch":
+        raise UsageError(
+            f"--kv-store {store} is MXNet's; --engine torch spreads over machines with torchrun, leave the flag out"
+        )
+    if os.environ.get("DMLC_ROLE") != "worker":
+        raise UsageError(
+            f"--kv-store {store} is for workers of a parameter server (DMLC_ROLE=worker): "
+            "start them with python -m training.launch -n WORKERS -s SERVERS -- python train_se_resnext.py ..."
+        )
+    if store == ASYNC_STORE and args.engine == "gluon":
+        raise UsageError(f"--kv-store {store} needs --engine symbol: Gluon's trainer cannot change the servers' rate")
 
 
 def complete_args(args: argparse.Namespace, preset: Preset) -> argparse.Namespace:

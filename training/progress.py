@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import sys
 import time
 from typing import TextIO
@@ -34,6 +35,13 @@ def describe(metrics: Metrics, lr: float, images_per_second: float, data_wait: f
         f"waiting for data {data_wait:.0%}",
     ]
     return ", ".join(parts)
+
+
+class Nowhere(io.TextIOBase):
+    """A file for the progress of processes that somebody else speaks for."""
+
+    def write(self, text: str) -> int:
+        return len(text)
 
 
 class EpochProgress:

@@ -7,8 +7,9 @@ import platform
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
+from engines.group import Group
 from training.data import Data
-from training.run_log import RunLog
+from training.run_log import NoLog, RunLog
 from training.saving import Saver
 from training.start import Start
 
@@ -31,8 +32,13 @@ def arguments(args: argparse.Namespace) -> dict:
     return {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()}
 
 
-def open_log(args: argparse.Namespace, network, data: Data, start: Start) -> RunLog:
-    """The run's log with its header; a continued run goes on in the file that is there. Prints how it starts."""
+def open_log(args: argparse.Namespace, network, data: Data, start: Start, group: Group) -> RunLog | NoLog:
+    """The run's log with its header; a continued run goes on in the file that is there. Prints how it starts.
+
+    Of several processes the first one logs.
+    """
+    if not group.leads:
+        return NoLog()
     done = start.position
     resume = (done.epoch * data.train.steps_per_epoch + done.batch, done.epoch) if start.continued_from else None
     log = RunLog(args.log_dir, resume)

@@ -6,11 +6,13 @@ import argparse
 import glob
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from datetime import datetime
 from pathlib import Path
 
 from engines.base import TrainState
 from errors import UsageError
 from training.checkpoint import Checkpoint, check_params, find_latest, load_checkpoint
+from training.heartbeat import job_start, restarted
 from training.initializer import initial_params
 from training.options import DEFAULT_LR
 from training.position import Position
@@ -38,6 +40,12 @@ def choose_start(args: argparse.Namespace, shapes: Mapping[str, Shape], steps_pe
 
     shapes: "arg:NAME" and "aux:NAME" -> shape of everything the network needs, in its order.
     """
+    if restarted():
+        # As the command that was given, but for what this job has saved since it began.
+        checkpoint, passed_over = find_latest(args.model_prefix)
+        messages = [f"passed over {path}: {reason}" for path, reason in passed_over]
+        if checkpoint is not None and checkpoint.manifest and _saved_at(checkpoint.manifest) >= int(job_start()):
+            return _continue(args, checkpoint, shapes, steps_per_epoch, messages)
     if args.resume:
         checkpoint, passed_over = find_latest(args.model_prefix)
         messages = [f"passed over {path}: {reason}" for path, reason in passed_over]
@@ -56,6 +64,11 @@ def choose_start(args: argparse.Namespace, shapes: Mapping[str, Shape], steps_pe
         return follow(args, checkpoint, shapes, steps_per_epoch, [])
     _claim_prefix(args)
     return _from_scratch(args, shapes, steps_per_epoch, [])
+
+
+def _saved_at(manifest: Mapping) -> float:
+    """When a checkpoint was saved, seconds since 1970."""
+    return datetime.strptime(manifest["saved"], "%Y-%m-%dT%H:%M:%S%z").timestamp()
 
 
 def _from_scratch(args, shapes: Mapping[str, Shape], steps_per_epoch: int, messages: list[str]) -> Start:

@@ -1,0 +1,45 @@
+"""Signs of life that a worker sends to the launcher that started it: a datagram a batch, too cheap to notice.
+
+What a launcher and its workers share, in environment variables, is declared here too.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import socket
+
+# host:port where the launcher listens, and the number it gave the worker.
+HEARTBEAT_VARIABLE, WORKER_VARIABLE = "TRAINING_HEARTBEAT", "TRAINING_WORKER"
+# How often the job was started again (PyTorch's launcher has a variable of its own), and when it began, in seconds
+# since 1970: checkpoints from before are not its own.
+RESTARTS_VARIABLES, STARTED_VARIABLE = ("TRAINING_RESTARTS", "TORCHELASTIC_RESTART_COUNT"), "TRAINING_STARTED"
+
+
+class Heartbeat:
+    """Says to the launcher that the worker goes on; silent where no launcher asked for it. rank: of this process."""
+
+    def __init__(self, rank: int = 0) -> None:
+        self._socket: socket.socket | None = None
+        address = os.environ.get(HEARTBEAT_VARIABLE)
+        if address:
+            host, port = address.rsplit(":", 1)
+            self._target = (host, int(port))
+            self._message = f"{os.environ[WORKER_VARIABLE]} {rank}".encode()
+            self._socket = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+
+    def beat(self) -> None:
+        """One sign of life; a network that loses it is no reason to stop."""
+        if self._socket is not None:
+            with contextlib.suppress(OSError):
+                self._socket.sendto(self._message, self._target)
+
+
+def restarted() -> bool:
+    """Whether a launcher started this job again after a process died."""
+    return any(int(os.environ.get(name, "0")) > 0 for name in RESTARTS_VARIABLES)
+
+
+def job_start() -> float:
+    """When the job began, seconds since 1970; 0 when no launcher says."""
+    return float(os.environ.get(STARTED_VARIABLE, "0"))
