@@ -1,0 +1,147 @@
+"""Processes of a job: started here or on other machines through ssh, watched, and ended for certain.
+
+Run as `python -m training.launch_processes COMMAND...` this is the other end of ssh: it starts COMMAND, passes signals
+on that are named on its standard input, and kills it when that input ends. So nothing outlives its launcher, which a
+process started by a bare ssh would.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import os
+import shlex
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+PR_SET_PDEATHSIG = 1
+SSH = ("ssh", "-o", "BatchMode=yes")
+SSH_FAILED = 255
+SIGNAL_EXIT_BASE = 128
+
+
+class Member:
+    """A process of the job. role: scheduler, server or worker; number: among those of its role; host: None for here.
+
+    environment: variables that it gets besides those that are there. rank: what a worker says of itself, once it does.
+    """
+
+    def __init__(
+        self, role: str, number: int, command: Sequence[str], environment: Mapping[str, str], host: str | None = None
+    ) -> None:
+        self.role, self.number, self.host = role, number, host
+        self.rank: int | None = None
+        if host is None:
+            self.process = start_child(command, {**os.environ, **environment})
+        else:
+            self.process = subprocess.Popen(
+                [*SSH, host, remote_command(command, environment, Path.cwd())],
+                stdin=subprocess.PIPE,
+                start_new_session=True,
+            )
+
+    @property
+    def name(self) -> str:
+        """`worker 1 (rank 0, process 4711)`, as messages name it."""
+        rank = "" if self.rank is None else f"rank {self.rank}, "
+        where = f"process {self.process.pid}" if self.host is None else f"on {self.host}"
+        number = "" if self.role == "scheduler" else f" {self.number}"
+        return f"{self.role}{number} ({rank}{where})"
+
+    def exit_status(self) -> int | None:
+        """0, the status that it ended with, or -N when signal N ended it; None while it runs."""
+        status = self.process.poll()
+        if status is not None and self.host is not None and SIGNAL_EXIT_BASE < status < SSH_FAILED:
+            status = status if status in STOP_STATUSES else SIGNAL_EXIT_BASE - status
+        return status
+
+    def is_stopped(self) -> bool:
+        """Whether it stands still by a signal (SIGSTOP); known on this machine only."""
+        try:
+            stat = Path(f"/proc/{self.process.pid}/stat").read_text()
+        except OSError:
+            return False
+        return self.host is None and stat.rpartition(")")[2].split()[0] in ("T", "t")
+
+    def ask_to_stop(self) -> None:
+        """SIGTERM: finish the batch, save, end."""
+        with contextlib.suppress(OSError):
+            if self.host is None:
+                self.process.send_signal(signal.SIGTERM)
+            else:
+                self.process.stdin.write(b"SIGTERM\n")
+                self.process.stdin.flush()
+
+    def kill(self) -> None:
+        """End it and what it has started, and wait until it is gone."""
+        if self.process.stdin is not None:
+            with contextlib.suppress(OSError):
+                self.process.stdin.close()
+        with contextlib.suppress(OSError):
+            os.killpg(self.process.pid, signal.SIGKILL)
+        self.process.wait()
+
+
+# How the training command ends after SIGINT and SIGTERM.
+STOP_STATUSES = (SIGNAL_EXIT_BASE + signal.SIGINT, SIGNAL_EXIT_BASE + signal.SIGTERM)
+
+
+def how_it_ended(status: int) -> str:
+    """An exit status in words."""
+    if status >= 0:
+        return f"ended with exit status {status}"
+    return f"was killed by {signal.Signals(-status).name}"
+
+
+def start_child(command: Sequence[str], environment: Mapping[str, str]) -> subprocess.Popen:
+    """Start a process in a session of its own, so that Ctrl-C does not reach it, which dies with this one."""
+    libc = ctypes.CDLL(None) if sys.platform == "linux" else None
+    parent = os.getpid()
+
+    def die_with_parent() -> None:
+        libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+        if os.getppid() != parent:
+            os._exit(SIGNAL_EXIT_BASE + signal.SIGKILL)
+
+    return subprocess.Popen(
+        command, env=environment, start_new_session=True, preexec_fn=die_with_parent if libc else None
+    )
+
+
+def remote_command(command: Sequence[str], environment: Mapping[str, str], folder: Path) -> str:
+    """The line that a remote shell gets: `command` under supervision, in the same folder, with `environment`."""
+    variables = [f"{name}={value}" for name, value in sorted(environment.items())]
+    line = ["env", *variables, python_of(command), "-m", "training.launch_processes", *command]
+    return f"cd {shlex.quote(str(folder))} && exec {shlex.join(line)}"
+
+
+def python_of(command: Sequence[str]) -> str:
+    """The interpreter that `command` runs in; `python3` when that cannot be told."""
+    return command[0] if Path(command[0]).name.startswith("python") else "python3"
+
+
+def main(command: Sequence[str]) -> int:
+    """Supervise `command` for a launcher at the other end of ssh; returns its status as a shell would."""
+    child = start_child(command, os.environ)
+
+    def obey() -> None:
+        # Unbuffered, since a buffered reader that waits in another thread cannot be closed when we end.
+        pending = b""
+        while chunk := os.read(0, 256):
+            *lines, pending = (pending + chunk).split(b"\n")
+            for line in lines:
+                child.send_signal(signal.Signals[line.decode()])
+        with contextlib.suppress(OSError):
+            os.killpg(child.pid, signal.SIGKILL)
+
+    threading.Thread(target=obey, daemon=True).start()
+    status = child.wait()
+    return status if status >= 0 else SIGNAL_EXIT_BASE - status
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
