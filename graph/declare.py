@@ -57,6 +57,7 @@ OPERATORS = {
     "Concat": Operator(variadic=True),
     "Convolution": Operator(("data", "weight", "bias"), absent=BIAS),
     "Dropout": Operator(outputs=2),
+    "Flatten": Operator(),
     "FullyConnected": Operator(("data", "weight", "bias"), absent=BIAS),
     "Pooling": Operator(outputs=_pooling_outputs),
     "Reshape": Operator(),

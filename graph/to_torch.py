@@ -22,12 +22,11 @@ from torch import Tensor, fx, nn
 
 from errors import UsageError
 from graph import torch_ops
+from graph.shapes import LABELLED_OPS, PARAMETERS, Shape
 from graph.symbol_json import Attributes, Entry, Graph, GraphError, Node
-from graph.torch_ops import OPS, Call, Shape, unique_attribute
+from graph.torch_ops import OPS, Call, unique_attribute
 
 DEFAULT_SHAPES = {"data": (1, 3, 224, 224)}
-# Ops whose second input is a label: it shapes the gradient only, so that inference runs without it.
-LABELLED_OPS = ("SoftmaxOutput", "Softmax")
 
 
 @dataclass(frozen=True)
@@ -169,7 +168,7 @@ class _Translation:
         if not unknown:
             return
         implied: dict[Entry, Shape] = {}
-        rule = OPS[node.op].shapes
+        rule = PARAMETERS.get(node.op)
         first = self.values.get(node.inputs[0])
         if rule is not None and first is not None:
             try:

@@ -14,8 +14,7 @@ from __future__ import annotations
 
 import inspect
 import keyword
-import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -23,11 +22,8 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from errors import ProjectError
+from graph.shapes import Shape, decode_reshape, reshape_codes
 from graph.symbol_json import Attributes, Node
-
-Shape = tuple
-# (attributes, shape of the first input) -> shapes of the inputs after it, which may be parameters not yet known
-ShapeRule = Callable[[Attributes, Shape], Sequence[Shape]]
 
 
 class Call(Attributes):
@@ -50,10 +46,9 @@ class Call(Attributes):
 
 @dataclass(frozen=True)
 class Op:
-    """How one MXNet op is translated, and how its parameters' shapes follow from its data's shape."""
+    """How one MXNet op is translated."""
 
     translate: Callable
-    shapes: ShapeRule | None = None
 
     def check_inputs(self, call: Call, count: int) -> None:
         """Raise when the op does not take `count` inputs."""
@@ -66,11 +61,11 @@ class Op:
 OPS: dict[str, Op] = {}
 
 
-def op(*names: str, shapes: ShapeRule | None = None):
+def op(*names: str):
     """Register a function under MXNet's names of an op, old ones included."""
 
     def register(function: Callable) -> Callable:
-        OPS.update((name, Op(function, shapes)) for name in names)
+        OPS.update((name, Op(function)) for name in names)
         return function
 
     return register
@@ -107,15 +102,10 @@ def _check_layout(call: Attributes) -> None:
     call.choice("layout", ("None", "NCW", "NCHW", "NCDHW", None), None)
 
 
-def _convolution_shapes(call: Attributes, data: Shape) -> Sequence[Shape]:
-    filters, groups = call.integer("num_filter"), call.integer("num_group", 1)
-    return (filters, data[1] // groups, *call.integers("kernel")), (filters,)
-
-
 CONVOLUTIONS = {1: torch.conv1d, 2: torch.conv2d, 3: torch.conv3d}
 
 
-@op("Convolution", "Convolution_v1", shapes=_convolution_shapes)
+@op("Convolution", "Convolution_v1")
 def convolution(call, data, weight, bias=None):
     kernel = call.integers("kernel")
     if not 1 <= len(kernel) <= 3:
@@ -139,15 +129,10 @@ def _check_bias(call: Attributes, bias, default: bool) -> None:
         raise call.error("no_bias contradicts the number of inputs")
 
 
-def _deconvolution_shapes(call: Attributes, data: Shape) -> Sequence[Shape]:
-    filters, groups = call.integer("num_filter"), call.integer("num_group", 1)
-    return (data[1], filters // groups, *call.integers("kernel")), (filters,)
-
-
 TRANSPOSED_CONVOLUTIONS = {1: F.conv_transpose1d, 2: F.conv_transpose2d, 3: F.conv_transpose3d}
 
 
-@op("Deconvolution", shapes=_deconvolution_shapes)
+@op("Deconvolution")
 def deconvolution(call, data, weight, bias=None):
     kernel = call.integers("kernel")
     rank = len(kernel)
@@ -174,13 +159,7 @@ def deconvolution_to(data, weight, bias, stride, target, groups, dilate) -> Tens
     return TRANSPOSED_CONVOLUTIONS[len(stride)](data, weight, bias, stride, pad, adjust, groups, dilate)
 
 
-def _dense_shapes(call: Attributes, data: Shape) -> Sequence[Shape]:
-    units = call.integer("num_hidden")
-    width = math.prod(data[1:]) if call.boolean("flatten", True) else data[-1]
-    return (units, width), (units,)
-
-
-@op("FullyConnected", shapes=_dense_shapes)
+@op("FullyConnected")
 def fully_connected(call, data, weight, bias=None):
     call.integer("num_hidden")
     _check_bias(call, bias, default=False)
@@ -222,17 +201,20 @@ class BatchNorm(nn.Module):
         return torch.batch_norm(data, gamma, beta, mean, variance, training, rate, self.eps, cudnn)
 
     def _train(self, data, gamma, beta, mean, variance) -> Tensor:
-        if self.frozen:
-            return self._normalise(data, gamma, beta, None, None, True, 0.0)
         count = data.numel() // data.shape[1]
         if count == 1:  # no unbiased variance to convert from; the biased one is zero
-            with torch.no_grad():
-                mean.lerp_(data.flatten(1)[0].to(mean.dtype), 1 - self.momentum)
-                variance.mul_(self.momentum)
-            return self._normalise(data, gamma, beta, None, None, True, 0.0)
+            output = self._normalise(data, gamma, beta, None, None, True, 0.0)
+            if not self.frozen:
+                with torch.no_grad():
+                    mean.lerp_(data.flatten(1)[0].to(mean.dtype), 1 - self.momentum)
+                    variance.mul_(self.momentum)
+            return output
         unbiased = variance * (count / (count - 1))
+        # A repeated pass must record the same kinds of tensors as the first, so it moves a copy.
+        mean = mean.clone() if self.frozen else mean
         output = self._normalise(data, gamma, beta, mean, unbiased, True, 1 - self.momentum)
-        torch.mul(unbiased, (count - 1) / count, out=variance)
+        if not self.frozen:
+            torch.mul(unbiased, (count - 1) / count, out=variance)
         return output
 
     def extra_repr(self) -> str:
@@ -240,11 +222,7 @@ class BatchNorm(nn.Module):
         return f"eps={self.eps}, momentum={self.momentum}{flags}"
 
 
-def _batch_norm_shapes(call: Attributes, data: Shape) -> Sequence[Shape]:
-    return ((data[call.integer("axis", 1)],),) * 4
-
-
-@op("BatchNorm", shapes=_batch_norm_shapes)
+@op("BatchNorm")
 def batch_norm(call, data, gamma, beta, moving_mean, moving_var):
     axis = call.integer("axis", 1)
     module = BatchNorm(
@@ -300,11 +278,7 @@ class InferenceOnly(nn.Module):
         return self.function(data)
 
 
-def _leaky_shapes(call: Attributes, data: Shape) -> Sequence[Shape]:
-    return ((data[1],),)
-
-
-@op("LeakyReLU", shapes=_leaky_shapes)
+@op("LeakyReLU")
 def leaky_relu(call, data, gamma=None):
     kind = call.choice("act_type", ("leaky", "elu", "selu", "gelu", "prelu", "rrelu"), "leaky")
     slope = call.number("slope", 0.25)
@@ -642,15 +616,7 @@ def flatten(call, data):
 
 @op("Reshape", "reshape")
 def reshape(call, data):
-    codes = call.integers("shape", None)
-    reverse = call.boolean("reverse", False)
-    legacy = call.integers("target_shape", None)
-    keep_highest = call.boolean("keep_highest", False)
-    if codes is None and legacy is not None:
-        rest = tuple(-1 if size == 0 else size for size in legacy)
-        codes = (0, *rest[1:]) if keep_highest else rest
-    if codes is None:
-        raise call.error("attribute 'shape' is missing")
+    codes, reverse = reshape_codes(call)
     if all(code == 0 for code in codes) and len(codes) == len(shape_of(data)):
         return data
     if codes == (0, -1):
@@ -665,44 +631,8 @@ def reshape(call, data):
 
 
 def reshape_coded(data: Tensor, codes: tuple[int, ...], reverse: bool) -> Tensor:
-    """Reshape by MXNet's codes, see `decode_reshape`."""
+    """Reshape by MXNet's codes, see `graph.shapes.decode_reshape`."""
     return data.reshape(decode_reshape(data.shape, codes, reverse))
-
-
-def decode_reshape(shape: Sequence[int], codes: Sequence[int], reverse: bool) -> list[int]:
-    """The shape that MXNet's codes mean for data of `shape`; one -1 may remain.
-
-    0 copies an axis, -1 is inferred, -2 copies all the rest, -3 multiplies the next two, -4 splits one into the two
-    numbers that follow (one may be -1). `reverse` reads both lists from right to left.
-    """
-    if reverse:
-        shape, codes = list(reversed(shape)), list(reversed(codes))
-    result: list[int] = []
-    source, position = 0, 0
-    while position < len(codes):
-        code = codes[position]
-        position += 1
-        if code == -2:
-            result.extend(shape[source:])
-            source = len(shape)
-        elif code == -3:
-            result.append(shape[source] * shape[source + 1])
-            source += 2
-        elif code == -4:
-            first, second = codes[position], codes[position + 1]
-            position += 2
-            result.append(shape[source] // second if first == -1 else first)
-            result.append(shape[source] // first if second == -1 else second)
-            source += 1
-        elif code == 0:
-            result.append(shape[source])
-            source += 1
-        elif code > 0 or code == -1:
-            result.append(code)
-            source += 1
-        else:
-            raise ValueError(code)
-    return list(reversed(result)) if reverse else result
 
 
 @op("reshape_like")
@@ -922,13 +852,7 @@ class SoftmaxCrossEntropy(torch.autograd.Function):
         return gradient if ctx.factor is None else gradient * ctx.factor, None, None, None
 
 
-def _label_shapes(call: Attributes, data: Shape) -> Sequence[Shape]:
-    if call.boolean("multi_output", False):
-        return ((data[0], *data[2:]),)
-    return (data[:-1],) if call.boolean("preserve_shape", False) else ((data[0],),)
-
-
-@op("SoftmaxOutput", "Softmax", shapes=_label_shapes)
+@op("SoftmaxOutput", "Softmax")
 def softmax_output(call, data, label):
     options = SoftmaxOptions(
         multi_output=call.boolean("multi_output", False),

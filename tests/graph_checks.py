@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from graph.shapes import infer
 from graph.symbol_json import parse
 from graph.to_torch import load_params, named_tensors, names_of, read_params, to_torch
 from mxnet_compat import mx
@@ -101,8 +102,22 @@ def deviation(ours: np.ndarray, theirs: np.ndarray) -> float:
     return worst / scale if scale else worst
 
 
+def assert_same_shapes(symbol, shapes: dict[str, tuple[int, ...]]) -> None:
+    """Inference without a framework finds MXNet's shape of every variable and every output that is ours too."""
+    internals = symbol.get_internals()
+    graph = parse(internals.tojson())
+    found = infer(graph, shapes)
+    arguments, outputs, auxiliary = internals.infer_shape(**shapes)
+    names = [*symbol.list_arguments(), *symbol.list_auxiliary_states()]
+    assert found.variables == dict(zip(names, [*arguments, *auxiliary]))
+    theirs = dict(zip(graph.heads, outputs))
+    assert found.outputs.items() <= theirs.items()
+    assert {head for head in theirs if head.output == 0} <= found.outputs.keys()
+
+
 def assert_same(symbol, inputs, *, train=True, backward=True, tolerance=1e-5, gradient_tolerance=1e-5) -> None:
-    """Both frameworks agree on outputs, gradients of every argument, and moving statistics."""
+    """Both frameworks agree on shapes, outputs, gradients of every argument, and moving statistics."""
+    assert_same_shapes(symbol, {name: array.shape for name, array in inputs.items()})
     theirs = run_mxnet(symbol, inputs, train, backward)
     ours = run_torch(symbol, inputs, train, backward)
     assert len(ours.outputs) == len(theirs.outputs)
