@@ -220,25 +220,27 @@ def build_parser() -> argparse.ArgumentParser:
     files = parser.add_argument_group("files")
     files.add_argument("source", type=Path, metavar="SOURCE", help=".params, .safetensors, or a PyTorch state_dict")
     files.add_argument(
-        "--graph", type=Path, required=True, metavar="SYMBOL_JSON",
+        "--graph", type=Path, required=True, default=argparse.SUPPRESS, metavar="SYMBOL_JSON",
         help="the network to fill: a -symbol.json, of a checkpoint or from `python -m symbols export`",
     )  # fmt: skip
     files.add_argument(
-        "-o", "--output", required=True, metavar="PREFIX", help="writes PREFIX-symbol.json and PREFIX-0000.params"
-    )
+        "-o", "--output", required=True, default=argparse.SUPPRESS, metavar="PREFIX",
+        help="writes PREFIX-symbol.json and PREFIX-0000.params",
+    )  # fmt: skip
     facts = parser.add_argument_group("facts that the files do not hold")
     facts.add_argument("--image-size", type=int, default=224, metavar="N", help="height and width the graph is for")
     facts.add_argument(
-        "--mean", type=three_numbers, default=IMAGENET_MEAN, metavar="R,G,B",
+        "--mean", type=three_numbers, default=",".join(map(str, IMAGENET_MEAN)), metavar="R,G,B",
         help="mean that the source subtracts, as fractions of 255",
     )  # fmt: skip
     facts.add_argument(
-        "--std", type=three_numbers, default=IMAGENET_STD, metavar="R,G,B", help="standard deviation it divides by"
-    )
+        "--std", type=three_numbers, default=",".join(map(str, IMAGENET_STD)), metavar="R,G,B",
+        help="standard deviation it divides by, as fractions of 255",
+    )  # fmt: skip
     facts.add_argument(
         "--compare", default=argparse.SUPPRESS, metavar="MODULE:FUNCTION",
         help="compare logits with the PyTorch network that this function makes, for example "
-        "timm.models:seresnext50_32x4d",
+        "timm.models:seresnext50_32x4d (GluonCV's: python -m gluon compare)",
     )  # fmt: skip
     return parser
 

@@ -108,30 +108,33 @@ def test_wrong_normalisation_shows_in_the_comparison(torch_weights):
     assert compare_with_torch(maker, source, graph, params, SIZE, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)) > 1e-2
 
 
-def test_gluoncv_weights_give_the_logits_of_their_network(tmp_path):
+def test_gluoncv_weights_give_the_logits_of_their_network(symbol_json, tmp_path, capsys):
     from gluon import zoo
+    from gluon.__main__ import main as gluon_main
     from mxnet_compat import mx
 
-    network = zoo.gluoncv_network("se_resnext50_32x4d", CLASSES)
+    network = zoo.gluoncv_network("se_resnext50_32x4d", CLASSES).network
     network.initialize()
-    raw = np.random.default_rng(0).integers(0, 256, (2, 3, SIZE, SIZE)).astype(np.float32)
-    network(mx.nd.array(raw))
+    network(mx.nd.zeros((1, 3, SIZE, SIZE)))
     parameters = network.collect_params()
     for name, array in random_arrays({name: parameter.shape for name, parameter in parameters.items()}).items():
         parameters[name].set_data(mx.nd.array(array))
-    network.network.save_parameters(str(tmp_path / "their.params"))
-    expected = network(mx.nd.array(raw)).asnumpy()
+    network.save_parameters(str(tmp_path / "their.params"))
 
-    report, found, params = import_weights(graph_of(depth=50), read_weights(tmp_path / "their.params"), SIZE)
-    assert (report.layout, report.unused, found) == (GLUONCV, [], [])
-    from gluon import get_network
-
-    ours = get_network("se_resnext", depth=50, num_classes=CLASSES)
-    ours.initialize()
-    for key, array in params.items():
-        ours.collect_params()[key.split(":", 1)[1]].set_data(mx.nd.array(array))
-    logits = ours(mx.nd.array(raw)).asnumpy()
-    assert np.abs(logits - expected).max() <= 1e-4 * np.abs(expected).max()
+    assert run(tmp_path / "their.params", "--graph", symbol_json, "-o", tmp_path / "ours") == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == "layout: GluonCV's SE-ResNeXt"
+    assert lines[-3].endswith("used, 4 made, 0 unused, 0 missing, 0 misshaped")
+    compare = [
+        "compare", "se_resnext", "--num-classes", CLASSES, "--image-size", SIZE, "--params", tmp_path / "ours", 0,
+        "--with", "gluoncv:se_resnext50_32x4d", "--weights",
+    ]  # fmt: skip
+    argv = [str(argument) for argument in compare]
+    assert run_command(lambda: gluon_main([*argv, str(tmp_path / "their.params")])) == 0
+    deviation = float(capsys.readouterr().out.rpartition(": ")[2].split()[0])
+    assert deviation < 1e-4
+    assert run_command(lambda: gluon_main([*argv, str(tmp_path / "ours-0000.params")])) == 2
+    assert "not the weights of GluonCV's network" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("layout", [GLUONCV, TIMM], ids=["gluoncv", "timm"])
