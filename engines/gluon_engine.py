@@ -13,13 +13,13 @@ from engines.mxnet_common import (
     DeviceMetrics,
     Places,
     device_images,
-    device_labels,
     draws_random_numbers,
     even_shares,
     optimizer_arguments,
     read_optimizer,
     seed_update,
     state_slots,
+    training_rows,
     write_optimizer,
 )
 from mxnet_compat import mx
@@ -77,11 +77,11 @@ class GluonEngine:
     def train_batch(self, batch: Batch, lr: float, total: int | None = None) -> None:
         if self._draws:
             seed_update(self._seed, self._updates, self._group.rank)
-        labels = device_labels(batch)
+        images, labels = training_rows(batch, len(self._contexts))
         with mx.autograd.record():
             outputs = [
-                self._probabilities(self._net(images), own)
-                for images, own in zip(self._split(device_images(batch)), self._split(labels))
+                self._probabilities(self._net(own), own_labels)
+                for own, own_labels in zip(self._split(images), self._split(labels))
             ]
         mx.autograd.backward(outputs)
         self._trainer.set_learning_rate(lr)
@@ -103,7 +103,6 @@ class GluonEngine:
     def get_state(self) -> TrainState:
         arrays = self._read_params()
         if len(self._contexts) > 1 or self._group.size > 1:
-            arrays.update(self._group.mean({name: arrays[name] for name in self._aux}))
             # Moving statistics differ between devices and were averaged just now. The devices go on from the
             # average, as a run does that is continued from these files (and as SymbolEngine does).
             for name in self._aux:
@@ -154,13 +153,14 @@ class GluonEngine:
             parameter.set_data(mx.nd.array(arrays[name], dtype=arrays[name].dtype))
 
     def _read_params(self) -> dict[str, np.ndarray]:
-        """All parameters on the host, moving statistics averaged over the devices."""
+        """All parameters on the host, moving statistics averaged over all devices of all processes."""
         # BatchNorm writes its moving statistics behind the dependency engine's back (on CPUs, in the backward pass).
         mx.nd.waitall()
         arrays = {name: self._parameters[name].data(self._contexts[0]).asnumpy() for name in self._arguments}
         for name in self._aux:
             own = [array.as_in_context(mx.cpu()) for array in self._parameters[name].list_data()]
             arrays[name] = (mx.nd.add_n(*own) / len(own)).asnumpy()
+        arrays.update(self._group.mean({name: arrays[name] for name in self._aux}))
         return arrays
 
     def _places(self) -> Places:

@@ -79,11 +79,23 @@ def device_images(batch: Batch) -> mx.nd.NDArray:
     return mx.nd.array(batch.images, dtype="float32")
 
 
-def device_labels(batch: Batch) -> mx.nd.NDArray:
-    """Labels as float32 (N,), those of padding rows IGNORED_LABEL."""
+def training_rows(batch: Batch, devices: int) -> tuple[mx.nd.NDArray, mx.nd.NDArray]:
+    """Images as float32, 0-255, and labels as float32 (N,), those of padding rows IGNORED_LABEL.
+
+    In a batch with padding the rows that count are shared by the devices as evenly as processes share them, each
+    device repeating its own; else the last ones would compute the statistics of their BatchNorms from padding alone.
+    """
     labels = batch.labels.astype(np.float32)
     labels[batch.valid :] = IGNORED_LABEL
-    return mx.nd.array(labels)
+    if devices == 1 or not batch.pad:
+        return device_images(batch), mx.nd.array(labels)
+    rows, counted = [], []
+    for part, share in zip(np.array_split(np.arange(batch.valid), devices), even_shares(len(labels), devices)):
+        rows.append(np.resize(part if len(part) else [0], share))
+        counted.append(np.arange(share) < len(part))
+    order, counts = np.concatenate(rows), np.concatenate(counted)
+    spread = np.where(counts, batch.labels[order], IGNORED_LABEL).astype(np.float32)
+    return mx.nd.array(batch.images[order], dtype="float32"), mx.nd.array(spread)
 
 
 class DeviceMetrics:

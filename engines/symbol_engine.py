@@ -12,13 +12,13 @@ from engines.mxnet_common import (
     DeviceMetrics,
     Places,
     device_images,
-    device_labels,
     draws_random_numbers,
     even_shares,
     optimizer_arguments,
     read_optimizer,
     seed_update,
     state_slots,
+    training_rows,
     write_optimizer,
 )
 from mxnet_compat import mx
@@ -69,8 +69,8 @@ class SymbolEngine:
         self._inference = None
         if self._draws:
             seed_update(self._seed, self._updates, self._group.rank)
-        labels = device_labels(batch)
-        self._module.forward(mx.io.DataBatch([device_images(batch)], [labels], pad=batch.pad), is_train=True)
+        images, labels = training_rows(batch, len(self._contexts))
+        self._module.forward(mx.io.DataBatch([images], [labels], pad=batch.pad), is_train=True)
         self._module.backward()
         self._prepare_optimizer(lr, total or batch.valid)
         self._module.update()
@@ -89,13 +89,12 @@ class SymbolEngine:
     def get_state(self) -> TrainState:
         arg_params, aux_params = self._read_params()
         symbol = self._module.symbol
-        aux = self._group.mean({name: aux_params[name].asnumpy() for name in symbol.list_auxiliary_states()})
         if len(self._module._context) > 1 or self._group.size > 1:
             # Moving statistics differ between devices and were averaged just now. The devices go on from the
             # average, as a run does that is continued from these files (Module.fit does the same after an epoch).
-            self._module.set_params(arg_params, {name: mx.nd.array(array) for name, array in aux.items()})
+            self._module.set_params(arg_params, aux_params)
         params = {f"arg:{name}": arg_params[name].asnumpy() for name in symbol.list_arguments() if name in arg_params}
-        params.update({f"aux:{name}": aux[name] for name in symbol.list_auxiliary_states()})
+        params.update({f"aux:{name}": aux_params[name].asnumpy() for name in symbol.list_auxiliary_states()})
         return TrainState(params, read_optimizer(self._places(), self._slots), self._updates)
 
     def set_state(self, state: TrainState) -> None:
@@ -151,10 +150,14 @@ class SymbolEngine:
         return module
 
     def _read_params(self) -> tuple[dict, dict]:
-        """Arguments and auxiliary states on the host, the latter averaged over the devices."""
+        """Arguments and auxiliary states on the host, the latter averaged over all devices of all processes."""
         # BatchNorm writes its moving statistics behind the dependency engine's back (on CPUs, in the backward pass).
         mx.nd.waitall()
-        return self._module.get_params()
+        arg_params, aux_params = self._module.get_params()
+        if self._group.size > 1:
+            means = self._group.mean({name: array.asnumpy() for name, array in aux_params.items()})
+            aux_params = {name: mx.nd.array(array) for name, array in means.items()}
+        return arg_params, aux_params
 
     def _places(self) -> Places:
         """The name is the key where the KVStore updates; else every device has a number for every parameter."""

@@ -28,6 +28,9 @@ LOOPBACK = "127.0.0.1"
 POLL_SECONDS = 0.05
 # Scheduler and servers end a moment before or after the workers; a longer moment means that something is wrong.
 END_SECONDS = 5.0
+# Importing frameworks, reading data and checkpoints, the first batch: a worker that starts may take longer than one
+# that runs.
+START_SECONDS = 600.0
 USAGE_STATUS = UsageError.exit_status
 # Variables of the launcher's environment that processes on other machines get as well.
 PASSED_ON = ("DMLC_", "PS_", "MXNET_", "OMP_", "DNNL_", "NCCL_", "CUDA_")
@@ -59,7 +62,7 @@ def build_parser() -> argparse.ArgumentParser:
     )  # fmt: skip
     failures.add_argument(
         "--stall-timeout", type=_number(float, 1), default=600.0, metavar="SECONDS",
-        help="a worker that finishes no batch for so long counts as dead; its start counts too",
+        help=f"a worker that finishes no batch for so long counts as dead; one that starts has {START_SECONDS:g} s",
     )  # fmt: skip
     parser.add_argument("command", nargs=argparse.REMAINDER, help="-- and the training command")
     return parser
@@ -251,12 +254,14 @@ class Supervisor:
         for member in running:
             if member.role != "worker" and not member.is_stopped():
                 self.heard[member] = now
-        silent = [member for member in running if now - self.heard[member] > self.stall_timeout]
-        if silent:
-            # A stopped process makes the others wait for it, so it is the one to name.
-            stopped = [member for member in running if member.is_stopped()]
-            how = "stands still (SIGSTOP)" if stopped else f"gave no sign of life for {self.stall_timeout:g} s"
-            raise Failure(f"{(stopped or silent)[0].name} {how}")
+        # A stopped process makes the others wait for it, so it is the one to name.
+        stopped = [member for member in running if member.is_stopped()]
+        starting = max(self.stall_timeout, START_SECONDS)
+        for member in stopped + running:
+            limit = self.stall_timeout if member in stopped or member.rank is not None else starting
+            if now - self.heard[member] > limit:
+                how = "stands still (SIGSTOP)" if member in stopped else f"gave no sign of life for {limit:g} s"
+                raise Failure(f"{member.name} {how}")
 
     def _wait_for_others(self) -> None:
         deadline = time.monotonic() + END_SECONDS

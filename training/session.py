@@ -9,6 +9,7 @@ from pathlib import Path
 
 from engines.group import Group
 from training.data import Data
+from training.options import ASYNC_STORE
 from training.run_log import NoLog, RunLog
 from training.saving import Saver
 from training.start import Start
@@ -53,6 +54,11 @@ def open_log(args: argparse.Namespace, network, data: Data, start: Start, group:
     )
     for text in start.messages:
         log.message(text)
+    if args.kv_store == ASYNC_STORE:
+        log.message(
+            f"{ASYNC_STORE}: the servers keep the momentum, checkpoints do not hold it; it starts from zero when the "
+            "rate changes and when training is continued, and train lines tell of the first worker alone"
+        )
     return log
 
 
