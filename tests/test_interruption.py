@@ -107,6 +107,24 @@ def test_deleted_checkpoint_directory_does_not_end_the_run(train_flags, tmp_path
     assert find_latest(tmp_path / "model" / "run")[0] is not None
 
 
+def test_checkpoints_that_cannot_be_written_do_not_end_the_run(train_flags, tmp_path):
+    log = tmp_path / "log" / "run"
+    argv = train_flags(epochs=60, lr_steps="", frequent=1, batch_size=6, cpus=1)
+    process = start_training(argv, stderr=-1, text=True)
+    wait_for(lambda: (tmp_path / "model" / "run-0001.json").exists(), process)
+    (tmp_path / "model").rename(tmp_path / "moved")
+    (tmp_path / "model").write_text("in the way")
+    seen = trained_updates(log)
+    wait_for(lambda: trained_updates(log) >= seen + 30, process)
+    process.send_signal(signal.SIGTERM)
+    error = process.communicate(timeout=60)[1]
+    # Everything was trained as asked, but the user must not believe that it was saved.
+    assert process.returncode == 1
+    assert "the training goes on" in error
+    assert error.strip().splitlines()[-1].startswith("error: ")
+    assert find_latest(tmp_path / "moved" / "run")[0] is not None
+
+
 def test_damaged_newest_checkpoint_is_named_and_passed_over(train, train_flags, tmp_path, capfd):
     assert train(train_flags(epochs=2, lr_steps="")) == 0
     newest = tmp_path / "model" / "run-0002.params"

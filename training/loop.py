@@ -107,9 +107,13 @@ class Trainer:
         self.frequent = args.frequent
         self.save_every = args.save_every
         self._first_unread = 1  # number of the first batch whose metrics are still on the device
+        self._unsaved = False  # whether the last save failed
 
     def run(self, position: Position) -> int:
-        """Train until `epochs` epochs are complete; returns the exit status (0, or 128 + signal)."""
+        """Train until `epochs` epochs are complete; returns the exit status (0, or 128 + signal).
+
+        Raises CheckpointError at the end when the last checkpoint could not be saved.
+        """
         with StopRequest(self.group) as stop:
             while position.epoch < self.epochs and not stop.agreed:
                 self._run_epoch(position, stop)
@@ -119,6 +123,8 @@ class Trainer:
                 self.log.message(
                     f"{name}: stopped at epoch {position.epoch + 1}, batch {position.batch}; --resume goes on"
                 )
+            if self._unsaved:
+                raise CheckpointError("training has ended, but its last checkpoint could not be saved (see above)")
             return stop.exit_status
 
     def _run_epoch(self, position: Position, stop: StopRequest) -> None:
@@ -235,7 +241,9 @@ class Trainer:
             return
         try:
             self.saver.save(position, state, metrics, best=best)
+            self._unsaved = False
         except CheckpointError as error:
+            self._unsaved = True
             self.log.message(f"warning: {error}; the training goes on, the last whole checkpoint is untouched")
 
 
