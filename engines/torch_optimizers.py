@@ -46,10 +46,18 @@ def _times(left: float, right: float) -> float:
     return float(np.float32(left) * np.float32(right))
 
 
-def plain(weights: list[Tensor], gradients: list[Tensor], states: Sequence[list[Tensor]], step: Step) -> None:
-    """w = (1 - lr wd) w - (lr r) g: sgd and nag without momentum."""
+def plain_nag(weights: list[Tensor], gradients: list[Tensor], states: Sequence[list[Tensor]], step: Step) -> None:
+    """w = (1 - lr wd) w - (lr r) g: nag without momentum."""
     torch._foreach_mul_(weights, float(np.float32(1) - np.float32(step.lr) * np.float32(step.wd)))
     torch._foreach_mul_(gradients, _times(step.lr, step.rescale))
+    torch._foreach_sub_(weights, gradients)
+
+
+def plain_sgd(weights: list[Tensor], gradients: list[Tensor], states: Sequence[list[Tensor]], step: Step) -> None:
+    """w = w + (-(lr wd) w - (lr r) g): sgd without momentum, for which MXNet takes another kernel than for nag."""
+    torch._foreach_mul_(gradients, _times(step.lr, step.rescale))
+    if step.wd:
+        torch._foreach_add_(gradients, torch._foreach_mul(weights, _times(step.lr, step.wd)))
     torch._foreach_sub_(weights, gradients)
 
 
@@ -95,7 +103,7 @@ def adam(weights: list[Tensor], gradients: list[Tensor], states: Sequence[list[T
     lr_t = lr sqrt(1 - beta2^t) / (1 - beta1^t) corrects the bias of the moments' start at zero.
     """
     means, variances = states
-    rate = step.lr * math.sqrt(1 - ADAM_BETA2**step.update) / (1 - ADAM_BETA1**step.update)
+    rate = step.lr * (math.sqrt(1 - ADAM_BETA2**step.update) / (1 - ADAM_BETA1**step.update))
     torch._foreach_mul_(gradients, _f32(step.rescale))
     if step.wd:
         torch._foreach_add_(gradients, torch._foreach_mul(weights, _f32(step.wd)))
@@ -106,7 +114,7 @@ def adam(weights: list[Tensor], gradients: list[Tensor], states: Sequence[list[T
     torch._foreach_mul_(squares, gradients)
     torch._foreach_mul_(variances, float(beta2))
     torch._foreach_add_(variances, squares)
-    divisors = torch._foreach_sqrt(variances)
+    divisors = _roots(variances)
     torch._foreach_add_(divisors, _f32(ADAM_EPSILON))
     moves = torch._foreach_mul(means, _f32(rate))
     torch._foreach_div_(moves, divisors)
@@ -118,7 +126,7 @@ def rule_of(optimizer: str, momentum: float) -> tuple[Rule, tuple[str, ...]]:
     if optimizer == "adam":
         return adam, ("mean", "variance")
     if momentum == 0:
-        return plain, ()
+        return {"sgd": plain_sgd, "nag": plain_nag}[optimizer], ()
     return {"sgd": sgd, "nag": nag}[optimizer], ("momentum",)
 
 
@@ -131,6 +139,13 @@ def multipliers(graph: Graph, name: str) -> tuple[float, float]:
     decay = float(name.endswith(DECAYED_SUFFIXES))
     lr_mult, wd_mult = variable.hidden("lr_mult"), variable.hidden("wd_mult")
     return float(lr_mult) if lr_mult else 1.0, float(wd_mult) if wd_mult else decay
+
+
+def _roots(tensors: list[Tensor]) -> list[Tensor]:
+    """Correctly rounded square roots; PyTorch's CPU kernel takes a vector library that is an ulp off at times."""
+    if tensors[0].is_cuda:
+        return torch._foreach_sqrt(tensors)
+    return [tensor.double().sqrt_().float() for tensor in tensors]
 
 
 class Optimizer:
