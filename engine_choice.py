@@ -83,9 +83,11 @@ def make_engine(args: argparse.Namespace, network: Network, group: Group):
 
 def _symbol_engine(args: argparse.Namespace, network: Network, group: Group):
     from engines.symbol_engine import SymbolEngine
+    from mxnet_compat import mx
 
+    symbol = mx.sym.load_json(network.json)
     shapes = {"image_shape": network.image_shape, "batch_size": args.batch_size // group.size}
-    return SymbolEngine(network.symbol, _contexts(args), **shapes, **_mxnet_options(args, group))
+    return SymbolEngine(symbol, _contexts(args), **shapes, **_mxnet_options(args, group))
 
 
 def _gluon_engine(args: argparse.Namespace, network: Network, group: Group):

@@ -31,8 +31,3 @@ def get_symbol_json(network: str, **options: object) -> str:
 def _build(make_input: Callable[[str], Symbol], network: str, options: dict[str, object]) -> Symbol:
     resolved = network_options(network, **options)
     return importlib.import_module(f"symbols.{network}").build(make_input("data"), resolved)
-
-
-def count(symbol, data_shape: tuple[int, int, int]) -> tuple[int, int]:
-    """Parameters and multiply-adds of `symbol` for an image of shape `data_shape` (3, H, W); see symbols.summary."""
-    return importlib.import_module("symbols.summary").count(symbol, data_shape)

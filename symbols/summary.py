@@ -1,16 +1,16 @@
-"""What a declared network costs: output shapes, parameters and multiply-adds of its layers."""
+"""What a declared network costs: output shapes, parameters and multiply-adds of its layers; needs no MXNet."""
 
 from __future__ import annotations
 
-import json
 import math
 from typing import NamedTuple
 
-from mxnet_compat import mx
-
+from graph.shapes import Shapes, infer
+from graph.symbol_json import Entry, Graph
 
 # BatchNorm at inference is a scale and a shift; the others are how layers.py declares the product of an SE block.
 ONE_AN_ELEMENT = ("BatchNorm", "broadcast_mul", "batch_dot")
+WEIGHTED = ("Convolution", "FullyConnected")
 
 
 class Layer(NamedTuple):
@@ -27,51 +27,43 @@ class Layer(NamedTuple):
     multiply_adds: int
 
 
-def layers(symbol: mx.sym.Symbol, data_shape: tuple[int, int, int]) -> list[Layer]:
-    """The layers of `symbol` in the graph's order, for images of shape `data_shape` (3, H, W)."""
-    shapes = _shapes(symbol, data_shape)
-    inputs = {"data", *(name for name in symbol.list_arguments() if name.endswith("_label"))}
-    auxiliary = set(symbol.list_auxiliary_states())
-    nodes = json.loads(symbol.tojson())["nodes"]
-    counted: set[str] = set()
+def layers(graph: Graph, data_shape: tuple[int, int, int]) -> list[Layer]:
+    """The layers of `graph` in its order, for images of shape `data_shape` (3, H, W).
+
+    Raises GraphError where images of that shape do not fit.
+    """
+    shapes = infer(graph, {"data": (1, *data_shape)})
+    # What no layer owns; a parameter that several share belongs to the first.
+    owned = {"data", *graph.auxiliary, *(name for name in graph.arguments if name.endswith("_label"))}
     found = []
-    for node in nodes:
-        if node["op"] == "null":
+    for index in graph.order:
+        node = graph.nodes[index]
+        if node.is_variable:
             continue
-        sources = [nodes[entry[0]] for entry in node["inputs"]]
-        own = [n["name"] for n in sources if n["op"] == "null" and n["name"] not in inputs | auxiliary | counted]
-        counted.update(own)
-        parameters = sum(math.prod(shapes[name]) for name in own)
-        output = shapes[f"{node['name']}_output"]
-        found.append(Layer(node["name"], node["op"], output[1:], parameters, _multiply_adds(node, sources, shapes)))
+        sources = [graph.nodes[entry.node] for entry in node.inputs]
+        own = {source.name for source in sources if source.is_variable} - owned
+        owned |= own
+        parameters = sum(math.prod(shapes.variables[name]) for name in own)
+        output = shapes.outputs[Entry(index)]
+        found.append(Layer(node.name, node.op, output[1:], parameters, _multiply_adds(graph, index, shapes)))
     return found
 
 
-def count(symbol: mx.sym.Symbol, data_shape: tuple[int, int, int]) -> tuple[int, int]:
+def count(graph: Graph, data_shape: tuple[int, int, int]) -> tuple[int, int]:
     """Parameters and multiply-adds (for one image) of all layers."""
-    found = layers(symbol, data_shape)
+    found = layers(graph, data_shape)
     return sum(layer.parameters for layer in found), sum(layer.multiply_adds for layer in found)
 
 
-def _multiply_adds(node: dict, sources: list[dict], shapes: dict[str, tuple[int, ...]]) -> int:
+def _multiply_adds(graph: Graph, index: int, shapes: Shapes) -> int:
     """Convolutions and fully connected layers: output positions times elements of the weight. BatchNorms and the
     scaling of channels by an SE block: one an element. Bias, pooling, activations and sums count nothing.
 
     So counted, SE-ResNeXt-50 and its plain twin give the 4.25 and 4.24 G of the SENet paper (1709.01507, table 2).
     """
-    output = shapes[f"{node['name']}_output"]
-    if node["op"] in ONE_AN_ELEMENT:
+    node, output = graph.nodes[index], shapes.outputs[Entry(index)]
+    if node.op in ONE_AN_ELEMENT:
         return math.prod(output)
-    if node["op"] not in ("Convolution", "FullyConnected"):
+    if node.op not in WEIGHTED:
         return 0
-    return math.prod(output[2:]) * math.prod(shapes[sources[1]["name"]])
-
-
-def _shapes(symbol: mx.sym.Symbol, data_shape: tuple[int, int, int]) -> dict[str, tuple[int, ...]]:
-    """Shape of every variable and every output ("NAME_output"; the first one of several) for one image."""
-    internals = symbol.get_internals()
-    _, outputs, _ = internals.infer_shape(data=(1, *data_shape))
-    return {
-        (name[:-1] if name.endswith("_output0") else name): tuple(shape)
-        for name, shape in zip(internals.list_outputs(), outputs)
-    }
+    return math.prod(output[2:]) * math.prod(shapes.outputs[node.inputs[1]])
