@@ -1,0 +1,172 @@
+"""Every network as a PyTorch graph against MXNet: largest deviations in inference, training and gradients.
+
+    python -m benchmarks.torch_parity -o benchmarks/results/torch_parity.md            # all, about an hour
+    python -m benchmarks.torch_parity --only resnet50_v1 mobilenet                      # names that contain these
+
+Each network runs in a process of its own, so that memory is returned and a crash costs one row. Rows that are already
+in the results are kept; `--again` measures them anew.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import subprocess
+import sys
+from dataclasses import asdict
+from pathlib import Path
+
+DEFAULT_RESULTS = Path(__file__).resolve().parent / "results" / "torch_parity.md"
+BATCH = 4
+# GluonCV networks that classify images; the rest of its list detects, segments, tracks or reads videos.
+NOT_CLASSIFIERS = (
+    *("ssd", "rcnn", "yolo", "fcn", "psp", "deeplab", "icnet", "fastscnn", "danet", "pose", "center_net", "i3d"),
+    *("c3d", "p3d", "r2plus", "slowfast", "siamrpn", "monodepth", "smot", "tsn", "kinetics", "ucf", "hmdb", "sthsth"),
+    *("custom", "hrnet_w18_small_v1_s", "hrnet_w18_small_v2_s", "hrnet_w48_s"),
+)
+SIZES = {"cifar": 32, "nasnet_6": 331, "inceptionv3": 299, "xception": 299}
+DECLARED = {
+    "se_resnext_cifar_20": ("se_resnext", {"depth": 20, "data_type": "cifar10"}),
+    "se_resnext_18": ("se_resnext", {"depth": 18}),
+    "se_resnext_50_g32": ("se_resnext", {"depth": 50}),
+    "se_resnet_50": ("se_resnet", {"depth": 50}),
+    "se_inception_v4": ("se_inception_v4", {}),
+    "se_inception_resnet_v2": ("se_inception_resnet_v2", {}),
+    "resnext_50 (--no-se)": ("se_resnext", {"depth": 50, "no_se": True}),
+    "resnet_50 (--no-se)": ("se_resnet", {"depth": 50, "no_se": True}),
+}
+COLUMNS = {
+    "inference": "inference",
+    "training": "training forward",
+    "statistics": "moving statistics",
+    "gradients": "gradients, ours to MXNet's",
+    "ours_exact": "gradients, ours to float64",
+    "theirs_exact": "gradients, MXNet's to float64",
+}
+
+
+def names() -> list[str]:
+    """The declared networks, then GluonCV's classifiers."""
+    from tests.graph_checks import import_gluoncv
+
+    zoo = import_gluoncv().model_zoo.get_model_list()
+    return [*DECLARED, *sorted(name for name in zoo if not any(part in name for part in NOT_CLASSIFIERS))]
+
+
+def measure(name: str) -> dict:
+    """Deviations of one network, or {"refused": why}."""
+    import numpy as np
+
+    from graph.symbol_json import GraphError
+    from tests.graph_checks import compare_network, zoo_symbol
+
+    size = next((pixels for part, pixels in SIZES.items() if part in name), 224)
+    if name in DECLARED:
+        from symbols import get_symbol
+
+        network, options = DECLARED[name]
+        # The logits: after a softmax that saturates, equal numbers would prove little.
+        symbol = get_symbol(network, **options).get_internals()["fc1_output"]
+    else:
+        try:
+            symbol = zoo_symbol(name)
+        except Exception as error:  # whatever Gluon raises: the row reports it
+            return {"refused": f"does not trace in GluonCV: {str(error).splitlines()[0][:80]}"}
+    inputs = {"data": np.random.RandomState(0).normal(size=(BATCH, 3, size, size)).astype(np.float32)}
+    try:
+        return {"size": size, **asdict(compare_network(symbol, inputs))}
+    except GraphError as error:
+        return {"refused": str(error)[:160]}
+
+
+def measure_apart(name: str) -> dict:
+    """`measure` in a process of its own."""
+    command = [sys.executable, "-m", "benchmarks.torch_parity", "--measure", name]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        last = (done.stderr.strip().splitlines() or [f"exit status {done.returncode}"])[-1]
+        return {"refused": f"failed: {last[:160]}"}
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def table(rows: dict[str, dict]) -> str:
+    """The results as Markdown."""
+    head = ["network", "pixels", *COLUMNS.values()]
+    lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
+    refused = []
+    for name, row in rows.items():
+        if "refused" in row:
+            refused.append(f"- {name}: {row['refused']}")
+        else:
+            cells = [name, str(row["size"]), *(f"{row[key]:.1e}" for key in COLUMNS)]
+            lines.append("| " + " | ".join(cells) + " |")
+    measured = [row for row in rows.values() if "refused" not in row]
+    worst = {key: max((row[key] for row in measured), default=0.0) for key in COLUMNS}
+    lines.append("| **worst** | | " + " | ".join(f"{worst[key]:.1e}" for key in COLUMNS) + " |")
+    return "\n".join([*lines, "", f"Not compared ({len(refused)}):", "", *refused, ""])
+
+
+def report(rows: dict[str, dict]) -> str:
+    import torch
+
+    from mxnet_compat import mx
+
+    return f"""# The translated graphs against MXNet
+
+`python -m benchmarks.torch_parity`: one run a network, batch {BATCH}, random weights and normal inputs, float32 on a
+CPU ({processor()}), MXNet {mx.__version__} without its subgraph fusion, PyTorch
+{torch.__version__}. Every number is the largest |a - b| / max |b| over all elements; for gradients the worst parameter
+(one below 0.1 % of the network's largest gradient counts relative to that). Dropout is taken out. Where a rounding
+error turns a ReLU of a deep network on or off, gradients differ by per cents; the float64 columns tell whose rounding
+it was.
+
+{table(rows)}
+<!-- {json.dumps(rows)} -->
+"""
+
+
+def processor() -> str:
+    """The CPU's model as Linux names it."""
+    lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    models = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return f"{models[0]}, {len(models)} cores" if models else platform.machine()
+
+
+def read_rows(path: Path) -> dict[str, dict]:
+    """Rows of earlier runs, kept in the file itself."""
+    if not path.exists():
+        return {}
+    return json.loads(path.read_text(encoding="utf-8").rsplit("<!-- ", 1)[1].rsplit(" -->", 1)[0])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument(
+        "-o", "--output", type=Path, default=DEFAULT_RESULTS, help="Markdown file (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--only", nargs="+", default=None, metavar="PART", help="networks whose name contains one of these"
+    )
+    parser.add_argument("--again", action="store_true", help="measure rows anew that the file already holds")
+    parser.add_argument("--measure", metavar="NAME", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.measure:
+        print(json.dumps(measure(args.measure)))
+        return
+    found = read_rows(args.output)
+    rows = {}
+    for name in names():
+        wanted = args.only is None or any(part in name for part in args.only)
+        if wanted and (args.again or name not in found):
+            found[name] = measure_apart(name)
+            print(name, found[name], flush=True)
+        if name in found:
+            rows[name] = found[name]
+            args.output.write_text(
+                report({**rows, **{n: r for n, r in found.items() if n not in rows}}), encoding="utf-8"
+            )
+
+
+if __name__ == "__main__":
+    main()
