@@ -8,7 +8,7 @@ import os
 from engines.group import Group
 from errors import UsageError
 from networks import Network
-from training.options import ASYNC_STORE, DIST_STORES, network_flags
+from training.options import ASYNC_STORE, DIST_STORES, ZOO_PREFIX, network_flags
 
 
 def choose_engine(args: argparse.Namespace) -> str | None:
@@ -92,9 +92,15 @@ def _symbol_engine(args: argparse.Namespace, network: Network, group: Group):
 
 def _gluon_engine(args: argparse.Namespace, network: Network, group: Group):
     from engines.gluon_engine import GluonEngine
-    from gluon import get_network
 
-    net = get_network(args.network, **network_flags(args, network.classes))
+    if args.network.startswith(ZOO_PREFIX):
+        from gluon.zoo import gluoncv_network
+
+        net = gluoncv_network(args.network, network.classes)
+    else:
+        from gluon import get_network
+
+        net = get_network(args.network, **network_flags(args, network.classes))
     return GluonEngine(net, _contexts(args), **_mxnet_options(args, group))
 
 

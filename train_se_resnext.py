@@ -15,13 +15,15 @@ def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
     # numpy, OpenCV and the frameworks are imported once the flags are known to be right: --help answers at once.
     from engine_choice import choose_engine, join_group, make_engine, prepare_process
-    from networks import declare
+    from networks import declare, print_networks
     from training.checkpoint import PrefixLock
     from training.data import open_data
     from training.loop import Trainer
     from training.session import make_saver, open_log
     from training.start import Start, choose_start
 
+    if args.network == "list":
+        return print_networks()
     with join_group(args) as group, open_data(args, group) as data, ExitStack() as held:
         if args.test_io:
             from training.loader_speed import report_io
@@ -33,7 +35,7 @@ def main(argv: list[str] | None = None) -> int:
 
         def choose() -> Start:
             held.enter_context(PrefixLock(args.model_prefix))
-            return choose_start(args, network.shapes, data.train.steps_per_epoch)
+            return choose_start(args, network, data.train.steps_per_epoch)
 
         # The first of several processes writes the files, so it alone looks into them and tells the others.
         start = group.decide(choose)

@@ -19,7 +19,10 @@ DIST_STORES = ("dist_sync", "dist_device_sync", ASYNC_STORE)
 KV_STORES = ("device", "local", "nccl", *DIST_STORES)
 DEFAULT_LR = 0.1
 DEFAULT_GROUPS = 32
+DEFAULT_BN_MOMENTUM = 0.9
 NO_VALIDATION = "none"
+ZOO_PREFIX = "gluoncv:"
+LIST_NETWORKS = "list"
 
 
 @dataclass(frozen=True)
@@ -101,7 +104,13 @@ RATE = number(float, 0, open_low=True)
 
 def add_network_args(parser: argparse.ArgumentParser, preset: Preset) -> None:
     group = parser.add_argument_group("network")
-    group.add_argument("--network", default="se_resnext", metavar="NAME", help=f"one of {', '.join(NETWORKS)}")
+    group.add_argument(
+        "--network",
+        default="se_resnext",
+        metavar="NAME",
+        help=f"{', '.join(NETWORKS)}, or {ZOO_PREFIX}NAME for a "
+        f"network of GluonCV; {LIST_NETWORKS!r} prints all of them",
+    )
     group.add_argument(
         "--depth", type=COUNT, default=preset.depth,
         help="layers of SE-ResNeXt and SE-ResNet: 18, 34, 50, 101, 152, 200 or 269 for imagenet; for small images "
@@ -118,7 +127,10 @@ def add_network_args(parser: argparse.ArgumentParser, preset: Preset) -> None:
         "--drop-out", type=number(float, 0, 0.99), default=None,
         help="dropout before the classifier (default: 0, and 0.2 for the Inception networks, as in the original)",
     )  # fmt: skip
-    group.add_argument("--bn-mom", type=FRACTION, default=0.9, help="momentum of BatchNorm's moving statistics")
+    group.add_argument(
+        "--bn-mom", type=FRACTION, default=DEFAULT_BN_MOMENTUM, help="momentum of BatchNorm's moving statistics"
+    )
+    group.add_argument("--pretrained", action="store_true", help="start from GluonCV's ImageNet weights of its network")
     group.add_argument(
         "--workspace", type=COUNT, default=512, help="MB that a convolution may use as workspace on a GPU"
     )
@@ -271,14 +283,19 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     chooser.add_argument("--data-type", choices=sorted(PRESETS), default="imagenet")
     data_type = chooser.parse_known_args(argv)[0].data_type
     args = build_parser(data_type).parse_args(argv)
+    if args.network == LIST_NETWORKS:
+        return args
     check_args(args, PRESETS[data_type])
     return complete_args(args, PRESETS[data_type])
 
 
 def check_args(args: argparse.Namespace, preset: Preset) -> None:
     """Refuse combinations that cannot work, each in one line that says what to change."""
-    if args.network not in NETWORKS:
-        raise UsageError(f"--network {args.network} does not exist; there are {', '.join(NETWORKS)}")
+    if args.network not in NETWORKS and not args.network.startswith(ZOO_PREFIX):
+        raise UsageError(
+            f"--network {args.network} does not exist; there are {', '.join(NETWORKS)} and {ZOO_PREFIX}NAME, "
+            f"--network {LIST_NETWORKS} prints all"
+        )
     if args.device_speed is not None and not args.test_io:
         raise UsageError("--device-speed only says what --test-io compares with; add --test-io")
     torch_flags = {"--dtype": args.dtype != "float32", "--compile": args.compile, "--no-tf32": args.no_tf32}
@@ -291,11 +308,7 @@ def check_args(args: argparse.Namespace, preset: Preset) -> None:
         raise UsageError("--retrain needs --model-load-epoch N; to continue from the newest checkpoint use --resume")
     if args.resume and args.model_load_epoch:
         raise UsageError("--resume finds the newest checkpoint itself; leave out --model-load-epoch, or use --retrain")
-    has = option_names(args.network)
-    for flag, name in (("--depth", "depth"), ("--num-group", "num_group")):
-        default = preset.depth if name == "depth" else DEFAULT_GROUPS
-        if name not in has and getattr(args, name) != default:
-            raise UsageError(f"--network {args.network} has no {flag}; leave it out")
+    check_network_flags(args, preset)
     check_devices(args)
     devices = len(args.gpus) if args.gpus else args.cpus or 1
     if args.batch_size < devices:
@@ -306,6 +319,19 @@ def check_args(args: argparse.Namespace, preset: Preset) -> None:
             f"--lr-steps {late[0]} never comes: training ends after epoch {args.epochs}; raise --epochs or leave it out"
         )
     args.lr_steps = tuple(step for step in args.lr_steps if step < args.epochs)
+
+
+def check_network_flags(args: argparse.Namespace, preset: Preset) -> None:
+    """Refuse flags of another network than the one that is asked for."""
+    given = {
+        "depth": args.depth != preset.depth, "num_group": args.num_group != DEFAULT_GROUPS, "no_se": args.no_se,
+        "drop_out": args.drop_out is not None, "bn_mom": args.bn_mom != DEFAULT_BN_MOMENTUM,
+    }  # fmt: skip
+    has = network_option_names(args.network)
+    for name in (name for name, changed in given.items() if changed and name not in has):
+        raise UsageError(f"--network {args.network} has no --{name.replace('_', '-')}; leave it out")
+    if args.pretrained and not args.network.startswith(ZOO_PREFIX):
+        raise UsageError(f"--pretrained is for networks of GluonCV, not for {args.network}; leave it out")
 
 
 def check_devices(args: argparse.Namespace) -> None:
@@ -348,6 +374,11 @@ def complete_args(args: argparse.Namespace, preset: Preset) -> argparse.Namespac
     return args
 
 
+def network_option_names(network: str) -> list[str]:
+    """Options that a network takes besides its number of classes; those of GluonCV's are fixed by their names."""
+    return [] if network.startswith(ZOO_PREFIX) else option_names(network)
+
+
 def network_flags(args: argparse.Namespace, classes: int) -> dict:
     """Options of the network that --network names, for `symbols.get_symbol`."""
     given = {
@@ -355,7 +386,9 @@ def network_flags(args: argparse.Namespace, classes: int) -> dict:
         "image_size": args.image_size, "drop_out": args.drop_out, "bn_mom": args.bn_mom,
         "workspace": args.workspace, "no_se": args.no_se,
     }  # fmt: skip
-    return {name: value for name, value in given.items() if name in option_names(args.network) and value is not None}
+    return {
+        name: value for name, value in given.items() if name in network_option_names(args.network) and value is not None
+    }
 
 
 def run_name(args: argparse.Namespace) -> str:
@@ -363,7 +396,7 @@ def run_name(args: argparse.Namespace) -> str:
     name = PREFIX_NAMES.get(args.network, args.network.replace("_", "-").replace(":", "-"))
     if args.no_se:
         name = name.replace("se-", "", 1)
-    depth = args.depth if "depth" in option_names(args.network) else 0
+    depth = args.depth if "depth" in network_option_names(args.network) else 0
     return f"{name}-{args.data_type}-{depth}"
 
 

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from engines.base import TrainState
 from errors import UsageError
@@ -18,6 +19,9 @@ from training.options import DEFAULT_LR
 from training.position import Position
 from training.saving import remove_checkpoints
 from training.schedule import Schedule, make_schedule
+
+if TYPE_CHECKING:
+    from networks import Network
 
 Shape = tuple
 # What a checkpoint holds of an optimizer, by the flag's value; sgd and nag keep the same array.
@@ -35,35 +39,33 @@ class Start:
     messages: list[str] = field(default_factory=list)
 
 
-def choose_start(args: argparse.Namespace, shapes: Mapping[str, Shape], steps_per_epoch: int) -> Start:
-    """Follow --resume, --retrain and --model-load-epoch; UsageError when that checkpoint cannot be used.
-
-    shapes: "arg:NAME" and "aux:NAME" -> shape of everything the network needs, in its order.
-    """
+def choose_start(args: argparse.Namespace, network: Network, steps_per_epoch: int) -> Start:
+    """Follow --resume, --retrain and --model-load-epoch; UsageError when that checkpoint cannot be used."""
     if restarted():
         # As the command that was given, but for what this job has saved since it began.
         checkpoint, passed_over = find_latest(args.model_prefix)
         messages = [f"passed over {path}: {reason}" for path, reason in passed_over]
         if checkpoint is not None and checkpoint.manifest and _saved_at(checkpoint.manifest) >= int(job_start()):
-            return _continue(args, checkpoint, shapes, steps_per_epoch, messages)
+            return _continue(args, checkpoint, network.shapes, steps_per_epoch, messages)
     if args.resume:
         checkpoint, passed_over = find_latest(args.model_prefix)
         messages = [f"passed over {path}: {reason}" for path, reason in passed_over]
         if checkpoint is not None:
-            return _continue(args, checkpoint, shapes, steps_per_epoch, messages)
+            return _continue(args, checkpoint, network.shapes, steps_per_epoch, messages)
         if passed_over and not args.overwrite:
             raise UsageError(
                 f"nothing to resume from: {'; '.join(messages)}; --model-load-epoch N --retrain continues from "
                 "parameters alone, --overwrite starts afresh"
             )
         messages.append(f"no checkpoint under {args.model_prefix} to resume from: starting from scratch")
-        return _from_scratch(args, shapes, steps_per_epoch, messages)
+        return _from_scratch(args, network, steps_per_epoch, messages)
     if args.model_load_epoch:
         checkpoint = load_checkpoint(args.model_load_prefix, args.model_load_epoch)
-        follow = _continue if args.retrain else _finetune
-        return follow(args, checkpoint, shapes, steps_per_epoch, [])
+        if args.retrain:
+            return _continue(args, checkpoint, network.shapes, steps_per_epoch, [])
+        return _finetune(args, checkpoint, network, steps_per_epoch)
     _claim_prefix(args)
-    return _from_scratch(args, shapes, steps_per_epoch, [])
+    return _from_scratch(args, network, steps_per_epoch, [])
 
 
 def _saved_at(manifest: Mapping) -> float:
@@ -71,12 +73,17 @@ def _saved_at(manifest: Mapping) -> float:
     return datetime.strptime(manifest["saved"], "%Y-%m-%dT%H:%M:%S%z").timestamp()
 
 
-def _from_scratch(args, shapes: Mapping[str, Shape], steps_per_epoch: int, messages: list[str]) -> Start:
+def _from_scratch(args, network: Network, steps_per_epoch: int, messages: list[str]) -> Start:
+    shapes = network.shapes
     groups = {"arg": {}, "aux": {}}
     for key, shape in shapes.items():
         kind, name = key.split(":", 1)
         groups[kind][name] = shape
-    state = initial_params(groups["arg"], groups["aux"], args.seed)
+    state = initial_params(groups["arg"], groups["aux"], args.seed, network.initializers)
+    fitting = {key: array for key, array in network.pretrained.items() if array.shape == tuple(shapes.get(key, ()))}
+    state.params.update(fitting)
+    if network.pretrained:
+        messages.append(f"pretrained weights for {len(fitting)} of {len(shapes)} arrays, the others start anew")
     return Start(state, Position(), _schedule(args, steps_per_epoch, args.lr or DEFAULT_LR), messages=messages)
 
 
@@ -120,10 +127,11 @@ def _continue(args, checkpoint: Checkpoint, shapes, steps_per_epoch: int, messag
     return Start(state, position, schedule, continued_from=checkpoint.path, messages=messages)
 
 
-def _finetune(args, checkpoint: Checkpoint, shapes, steps_per_epoch: int, messages: list[str]) -> Start:
+def _finetune(args, checkpoint: Checkpoint, network: Network, steps_per_epoch: int) -> Start:
     """A fresh schedule on loaded weights; a classifier with another number of classes starts anew."""
     _claim_prefix(args)
-    start = _from_scratch(args, shapes, steps_per_epoch, messages)
+    start = _from_scratch(args, network, steps_per_epoch, [])
+    shapes, messages = network.shapes, start.messages
     loaded = dict(checkpoint.state.params)
     for name in _classifier_of_other_size(shapes, loaded):
         found = f"has {len(loaded[name])} classes" if name in loaded else "lacks it"
