@@ -8,7 +8,7 @@ import pytest
 from conftest import read_lines
 
 SMALL = "gluoncv:cifar_resnet20_v1"
-RUN = {"network": SMALL, "depth": None, "epochs": 1, "lr": 0.001, "lr_steps": "", "frequent": 1}
+RUN = {"network": SMALL, "depth": None, "epochs": 1, "lr": 1e-4, "lr_steps": "", "frequent": 1}
 
 
 def losses(log_dir) -> list[float]:
