@@ -8,6 +8,7 @@ from errors import UsageError
 
 JPEG, PNG = ".jpg", ".png"
 GREY, RGB, AS_IS = 0, 1, -1
+DECODE, MARKERS = "decode", "markers"
 DEFAULT_QUALITY = {JPEG: 95, PNG: 9}
 
 
@@ -26,6 +27,7 @@ class Conversion:
     encoding: str = JPEG
     color: int = RGB
     pass_through: bool = False
+    check: str = DECODE
 
     def __post_init__(self) -> None:
         best = 100 if self.encoding == JPEG else 9

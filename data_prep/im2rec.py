@@ -14,7 +14,7 @@ if not __package__:
     # Run as a script: the project's folder takes the place of this one, whose modules are no top-level names.
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
-from data_prep.conversion import DEFAULT_QUALITY, JPEG, PNG, Conversion
+from data_prep.conversion import DECODE, DEFAULT_QUALITY, JPEG, MARKERS, PNG, Conversion
 from data_prep.lists import (
     CLASSES_FILE,
     IMAGE_EXTENSIONS,
@@ -55,6 +55,10 @@ def add_pack_args(parser: argparse.ArgumentParser) -> None:
         "--pass-through", action="store_true",
         help="pack every file as it is; colour JPEGs of the wanted size always are",
     )  # fmt: skip
+    group.add_argument(
+        "--check", choices=[DECODE, MARKERS], default=DECODE,
+        help="of images that are packed as they are; markers: find JPEGs that are cut off, at the disk's speed",
+    )  # fmt: skip
     group.add_argument("--num-thread", type=int, default=default_workers(), help="worker processes")
     group.add_argument("--resume", action="store_true", help="continue an interrupted pack")
     group.add_argument(
@@ -68,7 +72,7 @@ def conversion_of(args: argparse.Namespace) -> Conversion:
     if args.num_thread < 1:
         raise UsageError(f"--num-thread {args.num_thread}: at least one worker is needed")
     quality = DEFAULT_QUALITY[args.encoding] if args.quality is None else args.quality
-    return Conversion(args.resize, args.center_crop, quality, args.encoding, args.color, args.pass_through)
+    return Conversion(args.resize, args.center_crop, quality, args.encoding, args.color, args.pass_through, args.check)
 
 
 def pack_lists(lists: list[Path], root: Path, args: argparse.Namespace, all_labels: bool = True) -> int:

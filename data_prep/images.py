@@ -5,15 +5,20 @@ Passed through untouched, or made upright RGB and encoded.
 
 from __future__ import annotations
 
+import re
+
 import cv2
 import numpy as np
 import simplejpeg
 
-from data_prep.conversion import AS_IS, GREY, JPEG, PNG, Conversion
+from data_prep.conversion import AS_IS, DECODE, GREY, JPEG, MARKERS, PNG, Conversion
 from data_prep.decode import DecodeError, decode_image, exif_orientation, image_size, is_jpeg, reduction
 
 _PLAIN_JPEG = "YCbCr"
 _INKS = ("CMYK", "YCCK")
+_JPEG_START, _JPEG_END, _SCAN = b"\xff\xd8", b"\xd9", b"\xda"
+# Inside a scan 0xFF is data when a zero follows, and a restart marker does not end the scan.
+_MARKER_IN_SCAN = re.compile(rb"\xff[^\x00\xd0-\xd7\xff]")
 
 
 def convert(data: bytes, conversion: Conversion) -> bytes:
@@ -24,11 +29,11 @@ def convert(data: bytes, conversion: Conversion) -> bytes:
     if not data:
         raise DecodeError("the file is empty")
     if conversion.pass_through:
-        check_complete(data)
+        check_complete(data, conversion.check)
         return data
     size = image_size(data)
     if size is not None and _is_wanted(data, size, conversion):
-        check_complete(data)
+        check_complete(data, conversion.check)
         return data
     image = _decode(data, size, conversion)
     if conversion.center_crop:
@@ -41,11 +46,13 @@ def convert(data: bytes, conversion: Conversion) -> bytes:
     return _encode(image, conversion)
 
 
-def check_complete(data: bytes) -> None:
-    """Raise DecodeError unless every bit of the image can be decoded.
+def check_complete(data: bytes, check: str = DECODE) -> None:
+    """Raise DecodeError unless the image is complete, by decoding it or (a JPEG) by following its markers.
 
-    Of a JPEG all coefficients are read, but only an eighth of the pixels are computed: half the time.
+    Of a decoded JPEG all coefficients are read, but only an eighth of the pixels are computed: half the time.
     """
+    if check == MARKERS and is_jpeg(data) and jpeg_reaches_its_end(data):
+        return
     if not is_jpeg(data):
         decode_image(data)
         return
@@ -56,6 +63,27 @@ def check_complete(data: bytes) -> None:
     except ValueError:
         # Rare kinds that this decoder does not take are left to the full one, which also words the error.
         decode_image(data)
+
+
+def jpeg_reaches_its_end(data: bytes) -> bool:
+    """Whether a JPEG's segments and scans follow each other up to the end marker, and nothing comes after it."""
+    place = len(_JPEG_START)
+    while True:
+        # A segment: 0xFF (more of them fill), its kind, two bytes of length that count themselves.
+        start = place
+        while data[place : place + 1] == b"\xff":
+            place += 1
+        kind = data[place : place + 1]
+        if kind == _JPEG_END and place > start:
+            return not data[place + 1 :].strip(b"\0")
+        if place == start or place + 3 > len(data):
+            return False
+        place += 1 + int.from_bytes(data[place + 1 : place + 3], "big")
+        if kind == _SCAN:
+            found = _MARKER_IN_SCAN.search(data, place)
+            if found is None:
+                return False
+            place = found.start()
 
 
 def target_size(height: int, width: int, short_edge: int) -> tuple[int, int]:

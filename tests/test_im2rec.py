@@ -20,6 +20,7 @@ from PIL import Image
 
 from data_prep import im2rec, lists_command, packing
 from data_prep.conversion import Conversion
+from data_prep.images import jpeg_reaches_its_end
 from data_prep.lists import read_list
 from data_prep.packing import pack_list
 from data_prep.recordio import RecordFile
@@ -339,8 +340,8 @@ def test_options_that_cannot_work(tree, tmp_path, arguments, message):
 # --- images that are left out ---
 
 
-@pytest.mark.parametrize("pass_through", [False, True])
-def test_incomplete_images_are_left_out_listed_and_counted(tmp_path, pass_through, capsys):
+@pytest.mark.parametrize("options", [[], ["--pass-through"], ["--pass-through", "--check", "markers"]], ids=" ".join)
+def test_incomplete_images_are_left_out_listed_and_counted(tmp_path, options, capsys):
     noise = np.random.RandomState(0).randint(0, 256, (90, 120, 3), np.uint8)
     jpeg, png, webp = encoded(noise), encoded(noise, "PNG"), encoded(noise, "WEBP")
     flipped = bytearray(jpeg)
@@ -359,7 +360,7 @@ def test_incomplete_images_are_left_out_listed_and_counted(tmp_path, pass_throug
     for name, data in {**good, **bad}.items():
         (tmp_path / name).write_bytes(data)
     write_list(tmp_path / "a.lst", names)
-    arguments = [*(["--pass-through"] if pass_through else []), str(tmp_path / "a"), str(tmp_path)]
+    arguments = [*options, str(tmp_path / "a"), str(tmp_path)]
     assert im2rec.main(["--num-thread", "2", *arguments]) == 1
     assert "2 images packed, 8 left out" in capsys.readouterr().out
     assert [header.id for header, _ in records(tmp_path / "a.rec")] == [0, 8]
@@ -375,6 +376,17 @@ def test_incomplete_images_are_left_out_listed_and_counted(tmp_path, pass_throug
         (tmp_path / name).write_bytes(jpeg)
     assert im2rec.main(["--num-thread", "1", *arguments]) == 0
     assert not (tmp_path / "a.rejected.tsv").exists()
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"progressive": True}, {"exif": b"Exif\0\0" + b"\xff\xd9" * 9}, {"subsampling": 0}]
+)
+def test_the_end_of_a_jpeg_is_found_by_its_markers(options):
+    data = encoded(np.random.RandomState(0).randint(0, 256, (50, 70, 3), np.uint8), **options)
+    assert jpeg_reaches_its_end(data)
+    assert jpeg_reaches_its_end(data + bytes(5))
+    assert not jpeg_reaches_its_end(data + b"more")
+    assert not any(jpeg_reaches_its_end(data[:end]) for end in range(2, len(data)))
 
 
 def test_nothing_that_can_be_packed_is_an_error(tmp_path):
