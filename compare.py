@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from command_line import HelpFormatter
 from errors import ProjectError, UsageError, run_command
 
 if TYPE_CHECKING:
@@ -20,7 +21,7 @@ def build_parser() -> argparse.ArgumentParser:
         description="Compare runs by epochs, by images seen and by wall-clock time; runs that differ only "
         "in their seed are shown as mean and range. Writes report.html (self-contained), table.md, table.csv "
         "and the curves as .svg and .png.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        formatter_class=HelpFormatter,
     )
     parser.add_argument(
         "logs", nargs="+", metavar="LOG", help="run.jsonl of a run, its folder, or a text log of MXNet's fit"

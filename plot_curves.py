@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 
+from command_line import HelpFormatter
 from errors import run_command
 
 
@@ -12,7 +13,7 @@ def build_parser() -> argparse.ArgumentParser:
     """The command's flags."""
     parser = argparse.ArgumentParser(
         description="Draw training and validation top-1 error, top-5 error and loss of several runs.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        formatter_class=HelpFormatter,
     )
     parser.add_argument(
         "logs",

@@ -25,6 +25,7 @@ from pathlib import Path
 import numpy as np
 
 from benchmarks._pictures import synthetic_photograph
+from command_line import HelpFormatter
 
 CROP = 224
 AREA = (0.08, 1.0)
@@ -188,9 +189,7 @@ def loader_alone(folder: Path, threads: int, batch_size: int, seconds: float = 3
 def main() -> int:
     from training.loader import processors
 
-    parser = argparse.ArgumentParser(
-        description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], formatter_class=HelpFormatter)
     parser.add_argument("--images", type=int, default=2000, help="pictures in the pack")
     parser.add_argument("--size", type=int, default=256, help="their height and width in pixels")
     parser.add_argument("--quality", type=int, default=95, help="their JPEG quality")

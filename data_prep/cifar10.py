@@ -15,6 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
+from command_line import HelpFormatter
 from data_prep.lists import CLASSES_FILE, write_classes
 from data_prep.png import encode_png
 from data_prep.progress import progress
@@ -122,7 +123,7 @@ def main(argv: list[str] | None = None) -> int:
     """The command `cifar10`."""
     parser = argparse.ArgumentParser(
         "python -m data_prep cifar10", description=__doc__.split("\n\n")[0],
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        formatter_class=HelpFormatter,
     )  # fmt: skip
     parser.add_argument(
         "source", type=Path, help="cifar-10-binary.tar.gz, cifar-10-python.tar.gz, or the folder unpacked from it"

@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 
 import atomic_file
+from command_line import HelpFormatter
 from data_prep.lists import CLASSES_FILE, LIST_SUFFIX, SHUFFLE_SEED, Entry, format_item
 from data_prep.progress import progress
 from data_prep.recordio import RecordFile, RecordWriter
@@ -116,7 +117,7 @@ def _class_folder(label: float, names: list[str]) -> str:
 def _parser(command: str, description: str) -> argparse.ArgumentParser:
     return argparse.ArgumentParser(
         f"python -m data_prep {command}", description=description,
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        formatter_class=HelpFormatter,
     )  # fmt: skip
 
 

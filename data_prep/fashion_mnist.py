@@ -20,6 +20,7 @@ from pathlib import Path
 import numpy as np
 
 import atomic_file
+from command_line import HelpFormatter
 from data_prep.lists import CLASSES_FILE
 from data_prep.png import encode_png
 from data_prep.progress import progress
@@ -142,7 +143,7 @@ def main(argv: list[str] | None = None) -> int:
     """The command `fashion-mnist`."""
     parser = argparse.ArgumentParser(
         "python -m data_prep fashion-mnist", description=__doc__.split("\n\n")[0],
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        formatter_class=HelpFormatter,
     )  # fmt: skip
     parser.add_argument("-o", "--output", type=Path, help="folder to write; data/demo or data/fashion-mnist")
     parser.add_argument("--demo", action="store_true", help="the embedded subset instead of all 70,000 pictures")

@@ -14,6 +14,7 @@ if not __package__:
     # Run as a script: the project's folder takes the place of this one, whose modules are no top-level names.
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
+from command_line import HelpFormatter
 from data_prep.conversion import DECODE, DEFAULT_QUALITY, JPEG, MARKERS, PNG, Conversion
 from data_prep.lists import (
     CLASSES_FILE,
@@ -123,7 +124,7 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+class _HelpFormatter(HelpFormatter, argparse.RawDescriptionHelpFormatter):
     """Defaults shown, the description's lines kept."""
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from command_line import HelpFormatter
 from data_prep.im2rec import add_list_args, add_pack_args, make_lists, pack_lists
 from data_prep.lists import file_entries, folder_entries, read_classes
 
@@ -12,7 +13,7 @@ from data_prep.lists import file_entries, folder_entries, read_classes
 def _parser(command: str, description: str) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         f"python -m data_prep {command}", description=description,
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        formatter_class=HelpFormatter,
     )  # fmt: skip
     parser.add_argument("root", type=Path, help="folder that the images lie below")
     parser.add_argument("prefix", help="path and beginning of the name of what is written")

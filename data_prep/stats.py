@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
+from command_line import HelpFormatter
 from data_prep import progress
 from data_prep.recordio import RecordError, RecordFile
 from data_prep.workers import chunked, default_workers, ordered_map
@@ -63,9 +64,7 @@ def channel_stats(path: Path, workers: int) -> tuple[np.ndarray, np.ndarray, int
 
 def main(argv: list[str] | None = None) -> int:
     """The command `stats`."""
-    parser = argparse.ArgumentParser(
-        "python -m data_prep stats", description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    )
+    parser = argparse.ArgumentParser("python -m data_prep stats", description=__doc__, formatter_class=HelpFormatter)
     parser.add_argument("file", type=Path, help="the .rec file")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     parser.add_argument("--num-thread", type=int, default=default_workers(), help="worker processes")

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import atomic_file
+from command_line import HelpFormatter
 from data_prep import progress
 from data_prep.lists import CLASSES_FILE, read_classes
 from data_prep.recordio import (
@@ -217,9 +218,7 @@ def classes_beside(path: Path, given: Path | None = None) -> list[str]:
 
 def main(argv: list[str] | None = None) -> int:
     """The command `verify`."""
-    parser = argparse.ArgumentParser(
-        "python -m data_prep verify", description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    )
+    parser = argparse.ArgumentParser("python -m data_prep verify", description=__doc__, formatter_class=HelpFormatter)
     parser.add_argument("file", type=Path, help="the .rec file")
     parser.add_argument("--num-classes", type=int, help=f"labels must be below this; unset: lines of {CLASSES_FILE}")
     parser.add_argument("--fix-index", action="store_true", help="write the .idx anew when it is wrong")

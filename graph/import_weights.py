@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 
 from atomic_file import AtomicFile
+from command_line import HelpFormatter
 from errors import ProjectError, UsageError
 from graph.params_file import write_arrays
 from graph.shapes import parameter_shapes
@@ -214,7 +215,7 @@ def build_parser() -> argparse.ArgumentParser:
         prog="python -m graph import-weights",
         description="Convert published weights (GluonCV, timm, Cadene) into the parameters of one of our graphs, with "
         "a report of every tensor. Networks that differ are refused, the difference named.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        formatter_class=HelpFormatter,
         allow_abbrev=False,
     )
     files = parser.add_argument_group("files")

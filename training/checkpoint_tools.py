@@ -16,6 +16,7 @@ from pathlib import Path
 import numpy as np
 
 from atomic_file import AtomicFiles
+from command_line import HelpFormatter
 from engines.base import TrainState
 from errors import ProjectError, UsageError
 from graph.params_file import BFLOAT16, bfloat16_to_float32, write_arrays_to
@@ -40,7 +41,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    defaults = argparse.ArgumentDefaultsHelpFormatter
+    defaults = HelpFormatter
     parser = argparse.ArgumentParser(prog="python -m training.checkpoint", description=__doc__.split("\n\n")[0])
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
 

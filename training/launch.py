@@ -19,6 +19,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from command_line import HelpFormatter
 from errors import UsageError, run_command
 from training.heartbeat import HEARTBEAT_VARIABLE, RESTARTS_VARIABLES, STARTED_VARIABLE, WORKER_VARIABLE
 from training.launch_processes import SIGNAL_EXIT_BASE, STOP_STATUSES, Member, how_it_ended, python_of
@@ -40,7 +41,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m training.launch",
         description=__doc__.split("\n")[0],
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        formatter_class=HelpFormatter,
         allow_abbrev=False,
     )
     positive = _number(int, 1)

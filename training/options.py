@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from architectures import NETWORKS, option_names
+from command_line import HelpFormatter
 from errors import UsageError
 from training.augment_options import add_augment_args
 
@@ -263,7 +264,7 @@ def build_parser(data_type: str = "imagenet") -> argparse.ArgumentParser:
         prog="train_se_resnext.py",
         description="Train a Squeeze-and-Excitation network from RecordIO files. Defaults follow --data-type; "
         f"those shown are for {data_type}.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        formatter_class=HelpFormatter,
         allow_abbrev=False,
     )
     add_network_args(parser, preset)
