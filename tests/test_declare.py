@@ -57,9 +57,9 @@ def some_calls(space, data):
     body = space.Convolution(data, weight=weight, name="a", num_filter=3, kernel=(1, 1), no_bias=True)
     body = space.Convolution(data=body, weight=weight, name="b", num_filter=3, kernel=(1, 1), no_bias=False)
     body = space.Concat(*[space.Pooling(body, name=f"pool{i}", kernel=(1, 1)) for i in range(12)], name="joined")
-    return space.SoftmaxOutput(
-        space.FullyConnected(body, name="fc", num_hidden=2), space.Variable("target"), name="out"
-    )
+    body = space.FullyConnected(space.Flatten(body, name="flat"), name="fc", num_hidden=2)
+    body = space.batch_dot(rhs=body, lhs=body, name="square", transpose_b=True)
+    return space.SoftmaxOutput(space.mean(body, axis=1, name="mean"), space.Variable("target"), name="out")
 
 
 def test_shared_and_named_inputs():
