@@ -14,6 +14,7 @@ import torch
 from graph.shapes import infer
 from graph.symbol_json import parse
 from graph.to_torch import load_params, named_tensors, names_of, read_params, to_torch
+from graph.torch_ops import BatchNorm
 from mxnet_compat import mx
 
 
@@ -37,11 +38,18 @@ def value(name: str, shape: tuple) -> np.ndarray:
 
 
 def fill(symbol, inputs: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """Inputs as given and a value for everything else, "arg:NAME" and "aux:NAME"."""
-    shapes, _, aux_shapes = symbol.infer_shape(**{name: array.shape for name, array in inputs.items()})
+    """Inputs (and auxiliary states) as given, a value for everything else, as "arg:NAME" and "aux:NAME"."""
+    shapes, _, aux_shapes = symbol.infer_shape(**input_shapes(symbol, inputs))
     filled = {f"arg:{n}": inputs.get(n, value(n, s)) for n, s in zip(symbol.list_arguments(), shapes)}
-    filled.update({f"aux:{n}": value(n, s) for n, s in zip(symbol.list_auxiliary_states(), aux_shapes)})
+    states = zip(symbol.list_auxiliary_states(), aux_shapes)
+    filled.update({f"aux:{n}": inputs.get(n, value(n, s)) for n, s in states})
     return filled
+
+
+def input_shapes(symbol, inputs: dict[str, np.ndarray]) -> dict[str, tuple]:
+    """Shapes of those `inputs` that are arguments of the symbol."""
+    arguments = set(symbol.list_arguments())
+    return {name: array.shape for name, array in inputs.items() if name in arguments}
 
 
 def head_gradients(outputs: list) -> list[np.ndarray]:
@@ -49,47 +57,54 @@ def head_gradients(outputs: list) -> list[np.ndarray]:
     return [rng.normal(size=tuple(output.shape)).astype(np.float32) for output in outputs]
 
 
-def run_mxnet(symbol, inputs: dict[str, np.ndarray], train: bool, backward: bool = True) -> Results:
+def run_mxnet(
+    symbol, inputs: dict[str, np.ndarray], train: bool, backward: bool = True, dtype: str = "float32"
+) -> Results:
     """Forward, and backward from random head gradients, on MXNet's CPU kernels."""
+
+    def array(numbers: np.ndarray) -> mx.nd.NDArray:
+        return mx.nd.array(numbers.astype(dtype), dtype=dtype)
+
     filled = fill(symbol, inputs)
-    args = {name: mx.nd.array(filled[f"arg:{name}"]) for name in symbol.list_arguments()}
-    aux = {name: mx.nd.array(filled[f"aux:{name}"]) for name in symbol.list_auxiliary_states()}
-    grads = {name: mx.nd.zeros(array.shape) for name, array in args.items()} if backward else None
+    args = {name: array(filled[f"arg:{name}"]) for name in symbol.list_arguments()}
+    aux = {name: array(filled[f"aux:{name}"]) for name in symbol.list_auxiliary_states()}
+    grads = {name: mx.nd.zeros(arg.shape, dtype=dtype) for name, arg in args.items()} if backward else None
     # With it, inference of pre-activation networks (GluonCV's cifar_resnet20_v2) is wrong by half of the largest
     # logit: MXNet fuses a convolution with a sum whose other input is still needed.
     os.environ["MXNET_SUBGRAPH_BACKEND"] = "NONE"
     bound = symbol.bind(mx.cpu(), args, args_grad=grads, aux_states=aux, grad_req="write" if backward else "null")
     outputs = bound.forward(is_train=train)
     if backward:
-        bound.backward([mx.nd.array(head) for head in head_gradients(outputs)])
+        bound.backward([array(head) for head in head_gradients(outputs)])
     mx.nd.waitall()
-    gradients = {name: array.asnumpy() for name, array in (grads or {}).items()}
-    return Results([o.asnumpy() for o in outputs], gradients, {name: array.asnumpy() for name, array in aux.items()})
+    gradients = {name: gradient.asnumpy() for name, gradient in (grads or {}).items()}
+    return Results([o.asnumpy() for o in outputs], gradients, {name: state.asnumpy() for name, state in aux.items()})
 
 
 def translated(symbol, inputs: dict[str, np.ndarray]) -> torch.fx.GraphModule:
     """The symbol as a PyTorch module that holds the values of `fill`."""
-    module = to_torch(parse(symbol.tojson()), {name: array.shape for name, array in inputs.items()})
+    module = to_torch(parse(symbol.tojson()), input_shapes(symbol, inputs))
     filled = fill(symbol, inputs)
     load_params(module, {name: filled[name] for name in named_tensors(module)})
     return module
 
 
 def run_torch(
-    symbol, inputs: dict[str, np.ndarray], train: bool, backward: bool = True, dtype=torch.float32
+    symbol, inputs: dict[str, np.ndarray], train: bool, backward: bool = True, dtype: str = "float32"
 ) -> Results:
-    """The same as `run_mxnet` through the translated graph; float64 tells which of two rounded results is off."""
-    module = translated(symbol, inputs).to(dtype).train(train)
-    tensors = {name: torch.tensor(inputs[name], dtype=dtype, requires_grad=backward) for name in inputs}
-    outputs = module(*(tensors[name] for name in names_of(module).inputs))
+    """The same as `run_mxnet` through the translated graph."""
+    module = translated(symbol, inputs).to(getattr(torch, dtype)).train(train)
+    names = names_of(module).inputs
+    tensors = {name: torch.from_numpy(inputs[name].astype(dtype)).requires_grad_(backward) for name in names}
+    outputs = module(*tensors.values())
     outputs = list(outputs) if isinstance(outputs, tuple) else [outputs]
     gradients = {}
     if backward:
-        heads = [torch.from_numpy(head).to(dtype) for head in head_gradients(outputs)]
+        heads = [torch.from_numpy(head.astype(dtype)) for head in head_gradients(outputs)]
         torch.autograd.backward(outputs, heads)
         named = {**tensors, **{n[4:]: t for n, t in named_tensors(module).items() if n.startswith("arg:")}}
         gradients = {n: np.zeros(t.shape, np.float32) if t.grad is None else t.grad.numpy() for n, t in named.items()}
-    auxiliary = {name[4:]: array for name, array in read_params(module).items() if name.startswith("aux:")}
+    auxiliary = {n[4:]: state.numpy() for n, state in named_tensors(module).items() if n.startswith("aux:")}
     return Results([output.detach().numpy() for output in outputs], gradients, auxiliary)
 
 
@@ -138,46 +153,54 @@ def gradient_distances(some: dict[str, np.ndarray], other: dict[str, np.ndarray]
     ]
 
 
+def settled(symbol, inputs: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Moving statistics of a network that has seen `inputs` for long, so that activations keep their range."""
+    module = translated(symbol, inputs).train()
+    for part in module.modules():
+        if isinstance(part, BatchNorm):
+            part.momentum = 0.0
+    with torch.no_grad():
+        module(*(torch.from_numpy(inputs[name]) for name in names_of(module).inputs))
+    return {name[4:]: array for name, array in read_params(module).items() if name.startswith("aux:")}
+
+
 @dataclass
 class Comparison:
     """Largest deviations of a whole network, see `compare_network`."""
 
-    inference: float
-    training: float
-    statistics: float
-    gradients: float  # ours against MXNet's
-    ours_exact: float  # our gradients against float64
-    theirs_exact: float  # MXNet's gradients against float64
-    theirs_median: float  # the same, of the median parameter
+    inference: float  # float32
+    training: float  # float32, forward
+    statistics: float  # float32
+    exact_outputs: float  # float64, training forward
+    exact_gradients: float  # float64, the worst of all arguments
 
 
 def compare_network(symbol, inputs: dict[str, np.ndarray]) -> Comparison:
-    """Inference, training forward and every gradient in MXNet, in the graph, and in the graph in float64.
+    """Inference, training forward and every gradient, in MXNet and in the translated graph.
 
-    In deep networks a rounding error can turn a ReLU on or off and change some gradients by per cents, so two
-    float32 results are judged by the float64 one.
+    Gradients are compared in float64. In float32 a rounding error turns single ReLUs of a deep network on or off,
+    which changes some gradients by per cents, MXNet's as well as ours, and would hide mistakes.
     """
-    inference = [run(symbol, inputs, False, False).outputs[0] for run in (run_torch, run_mxnet)]
-    theirs, ours = run_mxnet(symbol, inputs, True), run_torch(symbol, inputs, True)
-    exact = run_torch(symbol, inputs, True, dtype=torch.float64)
+    known = {**inputs, **settled(symbol, inputs)}
+    inference = [run(symbol, known, False, False).outputs[0] for run in (run_torch, run_mxnet)]
+    ours, theirs = (run(symbol, inputs, True, False) for run in (run_torch, run_mxnet))
+    # MXNet moves the statistics in the backward pass.
+    states = run_mxnet(symbol, inputs, True).auxiliary
+    exact, exact_theirs = (run(symbol, inputs, True, dtype="float64") for run in (run_torch, run_mxnet))
     return Comparison(
         inference=deviation(*inference),
         training=deviation(ours.outputs[0], theirs.outputs[0]),
-        statistics=max((deviation(ours.auxiliary[n], a) for n, a in theirs.auxiliary.items()), default=0.0),
-        gradients=max(gradient_distances(ours.gradients, theirs.gradients)),
-        ours_exact=max(gradient_distances(ours.gradients, exact.gradients)),
-        theirs_exact=max(gradient_distances(theirs.gradients, exact.gradients)),
-        theirs_median=float(np.median(gradient_distances(theirs.gradients, exact.gradients))),
+        statistics=max((deviation(ours.auxiliary[n], state) for n, state in states.items()), default=0.0),
+        exact_outputs=deviation(exact.outputs[0], exact_theirs.outputs[0]),
+        exact_gradients=max(gradient_distances(exact.gradients, exact_theirs.gradients)),
     )
 
 
 def assert_network_same(symbol, inputs: dict[str, np.ndarray], tolerance: float) -> None:
-    """The graph is the network that MXNet runs, and its float32 gradients are at least as good as MXNet's."""
+    """The graph computes what MXNet computes: within `tolerance` in float32, and but for rounding in float64."""
     found = compare_network(symbol, inputs)
     assert max(found.inference, found.training, found.statistics) <= tolerance, found
-    assert found.theirs_median <= 5e-2, found
-    assert found.theirs_exact <= 0.5, found
-    assert found.ours_exact <= max(1e-4, 2 * found.theirs_exact), found
+    assert max(found.exact_outputs, found.exact_gradients) <= 1e-9, found
 
 
 def import_gluoncv():

@@ -193,7 +193,7 @@ def test_nothing_shared_is_overwritten():
 
 def test_channels_last_computes_the_same():
     inputs = labelled()
-    plain = run_torch(tiny_symbol(), inputs, train=True, dtype=torch.float64)
+    plain = run_torch(tiny_symbol(), inputs, train=True, dtype="float64")
     module = translated(tiny_symbol(), inputs).to(memory_format=torch.channels_last).train()
     data = torch.from_numpy(inputs["data"]).to(memory_format=torch.channels_last)
     output = module(data, torch.from_numpy(inputs["softmax_label"]))
@@ -233,7 +233,7 @@ def test_compile_trains_the_same():
     symbol = S.FullyConnected(S.mean(symbol, axis=(2, 3)), num_hidden=10, name="fc")
     symbol = S.SoftmaxOutput(symbol, name="softmax", use_ignore=True, ignore_label=-1)
     inputs = labelled()
-    plain = run_torch(symbol, inputs, train=True, dtype=torch.float64)
+    plain = run_torch(symbol, inputs, train=True, dtype="float64")
     module = translated(symbol, inputs).train()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
