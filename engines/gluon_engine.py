@@ -22,6 +22,7 @@ from engines.mxnet_common import (
     training_rows,
     write_optimizer,
 )
+from graph.cpu_training import for_cpu_training
 from mxnet_compat import mx
 
 import mxnet.gluon as mxgluon  # isort: skip - after mxnet_compat
@@ -53,15 +54,18 @@ class GluonEngine:
         self._arguments = [name for name in logits.list_arguments() if name != DATA_NAME]
         self._aux = logits.list_auxiliary_states()
         self._draws = draws_random_numbers(logits)
-        self._net = net
         # Inference has arrays of its own. On CPUs it leaves weights in oneDNN's layouts behind, and training on such
         # arrays is not reproducible: which kernel meets which layout is a race.
         self._inference = mxgluon.SymbolBlock(mx.sym.softmax(logits), data)
         self._inference_updates: int | None = None  # updates in the weights that inference holds
+        own = net.collect_params()
+        if hybridize and all(context.device_type == "cpu" for context in contexts):
+            # The trace of the network, as hybridize() would take it, in faster operators.
+            net = mxgluon.SymbolBlock(mx.sym.load_json(for_cpu_training(logits.tojson())), data, params=own)
+        self._net = net
         if hybridize:
             net.hybridize(static_alloc=True, static_shape=True)
             self._inference.hybridize(static_alloc=True, static_shape=True)
-        own = net.collect_params()
         self._parameters = {name: own[name] for name in [*self._arguments, *self._aux]}
         self._contexts = contexts
         self._optimizer_name = optimizer

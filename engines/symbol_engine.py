@@ -21,6 +21,7 @@ from engines.mxnet_common import (
     training_rows,
     write_optimizer,
 )
+from graph.cpu_training import for_cpu_training
 from mxnet_compat import mx
 
 
@@ -51,7 +52,8 @@ class SymbolEngine:
         self._symbol, self._contexts = symbol, contexts
         self._shapes = [(DATA_NAME, (batch_size, *image_shape))], [(LABEL_NAME, (batch_size,))]
         self._shares = even_shares(batch_size, len(contexts))
-        self._module = self._new_module()
+        on_cpu = all(context.device_type == "cpu" for context in contexts)
+        self._module = self._new_module(mx.sym.load_json(for_cpu_training(symbol.tojson())) if on_cpu else symbol)
         self._module.bind(*self._shapes)
         self._inference: mx.mod.Module | None = None  # bound while weights stay as they are
         self._optimizer_name = optimizer
@@ -118,10 +120,8 @@ class SymbolEngine:
     def close(self) -> None:
         mx.nd.waitall()
 
-    def _new_module(self) -> mx.mod.Module:
-        return mx.mod.Module(
-            self._symbol, [DATA_NAME], [LABEL_NAME], context=self._contexts, work_load_list=self._shares
-        )
+    def _new_module(self, symbol: mx.sym.Symbol) -> mx.mod.Module:
+        return mx.mod.Module(symbol, [DATA_NAME], [LABEL_NAME], context=self._contexts, work_load_list=self._shares)
 
     def _prepare_optimizer(self, lr: float, rows: int) -> None:
         """Rate and scale of the next update; `rows` count in it."""
@@ -143,7 +143,7 @@ class SymbolEngine:
         which kernel meets which layout is a race. And its fused convolutions keep what they folded from the first
         weights they saw, so new weights need a new binding.
         """
-        module = self._new_module()
+        module = self._new_module(self._symbol)
         module.bind(*self._shapes, for_training=False)
         arg_params, aux_params = self._read_params()
         module.init_params(arg_params=arg_params, aux_params=aux_params)

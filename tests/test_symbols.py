@@ -34,13 +34,20 @@ def golden_value(name: str, shape: tuple[int, ...]) -> np.ndarray:
     return (random.normal(size=shape) * 0.1).astype("float32")
 
 
-def logits(symbol, shapes: dict[str, tuple[int, ...]], data: np.ndarray) -> np.ndarray:
+def logits(symbol, shapes: dict[str, tuple[int, ...]], data: np.ndarray, dtype: str = "float32") -> np.ndarray:
     """Input of the softmax in inference mode, every parameter filled with its golden value."""
     head = symbol.get_internals()["fc1_output"]
-    executor = head.simple_bind(mx.cpu(), grad_req="null", data=data.shape)
+    types = dict.fromkeys(head.list_arguments(), dtype)
+    executor = head.simple_bind(mx.cpu(), grad_req="null", type_dict=types, data=data.shape)
     for name, array in [*executor.arg_dict.items(), *executor.aux_dict.items()]:
-        array[:] = data if name == "data" else golden_value(name, shapes[name])
+        value = data if name == "data" else golden_value(name, shapes[name])
+        array[:] = mx.nd.array(value, dtype=array.dtype)
     return executor.forward(is_train=False)[0].asnumpy()
+
+
+def deviations(found: np.ndarray, expected: np.ndarray) -> np.ndarray:
+    """Largest deviation in each row, as a share of the largest value of all."""
+    return np.abs(found - expected).max(axis=1) / np.abs(expected).max()
 
 
 @pytest.mark.parametrize("name", GOLDEN_NETWORKS)
@@ -49,16 +56,17 @@ def test_golden(name):
     network, options = GOLDEN_NETWORKS[name]
     symbol = get_symbol(network, **options)
     arg_shapes, _, aux_shapes = symbol.infer_shape(data=tuple(golden["input"]))
-    args = [
-        [n, list(s)]
-        for n, s in zip(symbol.list_arguments(), arg_shapes)
-        if n not in ("data", "softmax_label")
-    ]
+    args = [[n, list(s)] for n, s in zip(symbol.list_arguments(), arg_shapes) if n not in ("data", "softmax_label")]
     aux = [[n, list(s)] for n, s in zip(symbol.list_auxiliary_states(), aux_shapes)]
     assert args == golden["args"]
     assert aux == golden["aux"]
     shapes = {n: tuple(s) for n, s in golden["args"] + golden["aux"]}
     data = np.random.RandomState(0).uniform(0, 255, golden["input"]).astype("float32")
     expected = np.array(golden["logits"])
-    deviation = np.abs(logits(symbol, shapes, data) - expected).max(axis=1) / np.abs(expected).max()
-    assert deviation.min() <= 1e-4
+    close = deviations(logits(symbol, shapes, data), expected) <= 1e-4
+    if not close.all():
+        # These networks can be so sensitive that the last bits of other vector instructions change a whole row. Such
+        # a row's exact logits are not the golden ones either; then the others must be.
+        exact = deviations(logits(symbol, shapes, data, "float64"), expected)
+        assert close.any()
+        assert (close | (exact > 1e-4)).all()
