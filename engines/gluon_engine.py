@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from engines.base import IGNORED_LABEL, Batch, Metrics, TrainState
+from engines.base import IGNORED_LABEL, Batch, Metrics, TrainState, even_shares
 from engines.group import Group
 from engines.mxnet_common import (
     DATA_NAME,
@@ -14,7 +14,6 @@ from engines.mxnet_common import (
     Places,
     device_images,
     draws_random_numbers,
-    even_shares,
     optimizer_arguments,
     read_optimizer,
     seed_update,

@@ -6,7 +6,7 @@ import json
 
 import numpy as np
 
-from engines.base import IGNORED_LABEL, LOSS_FLOOR, TOP_K, Batch, Metrics, sum_batches
+from engines.base import LOSS_FLOOR, TOP_K, Batch, Metrics, spread_padding, sum_batches
 from mxnet_compat import mx
 
 DATA_NAME, LABEL_NAME = "data", "softmax_label"
@@ -16,14 +16,6 @@ STATE_SLOTS = {"nag": ("momentum",), "sgd": ("momentum",), "adam": ("mean", "var
 # Where an optimizer keeps the state of a parameter: an updater of MXNet's and the key in it; one for every device
 # that updates on its own.
 Places = dict[str, list[tuple["mx.optimizer.Updater", object]]]
-
-
-def even_shares(rows: int, devices: int) -> list[int]:
-    """Rows of a batch that each device gets: as even as can be, the first ones get the rest.
-
-    MXNet's own rule rounds, which leaves the last device with much more, or none (6 rows for 4 devices).
-    """
-    return [rows // devices + (index < rows % devices) for index in range(devices)]
 
 
 def optimizer_arguments(optimizer: str, momentum: float, wd: float) -> dict[str, float]:
@@ -80,22 +72,9 @@ def device_images(batch: Batch) -> mx.nd.NDArray:
 
 
 def training_rows(batch: Batch, devices: int) -> tuple[mx.nd.NDArray, mx.nd.NDArray]:
-    """Images as float32, 0-255, and labels as float32 (N,), those of padding rows IGNORED_LABEL.
-
-    In a batch with padding the rows that count are shared by the devices as evenly as processes share them, each
-    device repeating its own; else the last ones would compute the statistics of their BatchNorms from padding alone.
-    """
-    labels = batch.labels.astype(np.float32)
-    labels[batch.valid :] = IGNORED_LABEL
-    if devices == 1 or not batch.pad:
-        return device_images(batch), mx.nd.array(labels)
-    rows, counted = [], []
-    for part, share in zip(np.array_split(np.arange(batch.valid), devices), even_shares(len(labels), devices)):
-        rows.append(np.resize(part if len(part) else [0], share))
-        counted.append(np.arange(share) < len(part))
-    order, counts = np.concatenate(rows), np.concatenate(counted)
-    spread = np.where(counts, batch.labels[order], IGNORED_LABEL).astype(np.float32)
-    return mx.nd.array(batch.images[order], dtype="float32"), mx.nd.array(spread)
+    """Images as float32, 0-255, and labels as float32 (N,), in the order in which devices take them."""
+    images, labels = spread_padding(batch, devices)
+    return mx.nd.array(images, dtype="float32"), mx.nd.array(labels, dtype="float32")
 
 
 class DeviceMetrics:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from engines.base import Batch, Metrics, TrainState
+from engines.base import Batch, Metrics, TrainState, even_shares
 from engines.group import Group
 from engines.mxnet_common import (
     DATA_NAME,
@@ -13,7 +13,6 @@ from engines.mxnet_common import (
     Places,
     device_images,
     draws_random_numbers,
-    even_shares,
     optimizer_arguments,
     read_optimizer,
     seed_update,

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import contextlib
 import resource
+from collections.abc import Callable
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from engines.base import IGNORED_LABEL, LOSS_FLOOR, TOP_K, Batch, Metrics, TrainState, sum_batches
+from engines.base import LOSS_FLOOR, TOP_K, Batch, Metrics, TrainState, even_shares, spread_padding, sum_batches
+from engines.group import Group
+from engines.torch_group import peers_watched, synchronize_batch_norms
 from engines.torch_optimizers import Optimizer
 from errors import UsageError
 from graph.recompute import RecomputedGraph
@@ -30,7 +33,9 @@ class TorchEngine:
     symbol_json: a graph that ends in SoftmaxOutput(use_ignore=True, ignore_label=-1). device: "cpu" or "cuda:0".
     dtype: of the arithmetic under autocast; weights stay float32. compile: let torch.compile generate the kernels.
     threads: of the CPU, None for PyTorch's choice. tf32: let GPUs multiply float32 with TF32's 10-bit mantissa.
-    memonger: recompute the activations of every unit in the backward pass. The other arguments are those of
+    memonger: recompute the activations of every unit in the backward pass. group: the processes that train together,
+    each with its part of a batch; batch_size is this one's. sync_bn: let them share the statistics of BatchNorms.
+    accumulate: cut a batch into so many micro-batches, whose gradients are summed. The other arguments are those of
     SymbolEngine. Raises UsageError for a device that is not there and for combinations that cannot work. Nothing can
     be trained before set_state().
     """
@@ -51,14 +56,22 @@ class TorchEngine:
         threads: int | None = None,
         tf32: bool = True,
         memonger: bool = False,
+        group: Group | None = None,
+        sync_bn: bool = False,
+        accumulate: int = 1,
     ):
         if compile and memonger:
             raise UsageError("--compile and --memonger exclude each other; leave one out")
         self._device = _prepare_device(device, threads, tf32)
         self._dtype = DTYPES[dtype]
         self._seed = seed
+        self._group = group or Group()
+        self._accumulate = accumulate
         self._graph = parse(symbol_json)
         module = to_torch(self._graph, {DATA_NAME: (batch_size, *image_shape)})
+        self._own_statistics = self._group.size > 1 and not sync_bn
+        if sync_bn and self._group.size > 1:
+            synchronize_batch_norms(module)
         # Convolutions and BatchNorms are fastest on interleaved channels, on CPUs as on GPUs.
         self._module = module.to(self._device, memory_format=torch.channels_last)
         tensors = named_tensors(self._module)
@@ -71,29 +84,36 @@ class TorchEngine:
         self._predict_forward = self._module
         if compile:
             self._train_forward = self._predict_forward = torch.compile(self._module)
+        if self._group.size > 1:
+            self._train_forward = self._replicate()
         self._scaler = _GradientScaler(self._module, self._device) if dtype == "float16" else None
         self._updates = 0
+        self._merged = True  # whether all processes have the same moving statistics
         self._rows: list[Tensor] = []
         self._counts: list[int] = []
 
     def train_batch(self, batch: Batch, lr: float, total: int | None = None) -> None:
         self._module.train()
         if self._draws:
-            _seed_update(self._seed, self._updates)
-        labels = self._labels(batch)
-        with self._precision():
-            probabilities = self._train_forward(self._images(batch), labels)
-        probabilities.backward(torch.ones_like(probabilities))
+            _seed_update(self._seed, self._updates, self._group.rank)
+        images, labels = spread_padding(batch, self._accumulate)
+        parts = np.cumsum(even_shares(len(labels), self._accumulate))[:-1]
+        sums = [
+            self._gradients(*part, last=number == self._accumulate)
+            for number, part in enumerate(zip(np.split(images, parts), np.split(labels, parts)), 1)
+        ]
         self._updates += 1
-        self._update(lr, 1.0 / max(total or batch.valid, 1))
-        with torch.no_grad():
-            self._rows.append(batch_sums(probabilities.detach(), labels))
+        # DistributedDataParallel averages gradients over the processes; the rule here is a mean over rows.
+        self._update(lr, self._group.size / max(total or batch.valid, 1))
+        self._rows.append(torch.stack(sums).sum(0))
         self._counts.append(batch.valid)
+        self._merged = False
 
     def predict(self, batch: Batch) -> np.ndarray:
+        self._merge_statistics()
         self._module.eval()
         with torch.no_grad(), self._precision():
-            return self._predict_forward(self._images(batch)).float().cpu().numpy()
+            return self._predict_forward(self._images(batch.images)).float().cpu().numpy()
 
     def read_metrics(self) -> Metrics:
         rows, counts = self._rows, self._counts
@@ -101,6 +121,7 @@ class TorchEngine:
         return sum_batches(torch.stack(rows).cpu().numpy() if rows else np.empty((0, 3), np.float32), counts)
 
     def get_state(self) -> TrainState:
+        self._merge_statistics()
         optimizer = {
             f"{slot}:{name}": tensor.cpu().contiguous().numpy().copy()
             for slot, tensors in self._optimizer.states.items()
@@ -117,6 +138,7 @@ class TorchEngine:
                     if f"{slot}:{name}" in state.optimizer:
                         tensor.copy_(torch.from_numpy(np.array(state.optimizer[f"{slot}:{name}"], np.float32)))
         self._updates = state.updates
+        self._merged = True
 
     def peak_memory(self) -> int:
         """Most bytes held so far: by PyTorch on a GPU, by the whole process on CPUs."""
@@ -131,20 +153,45 @@ class TorchEngine:
     def _new_optimizer(self) -> Optimizer:
         return Optimizer(self._weights, self._graph, together=self._device.type == "cuda", **self._optimizer_options)
 
+    def _replicate(self) -> torch.nn.Module:
+        """The forward pass under DistributedDataParallel, which averages gradients while the backward pass runs."""
+        for gamma in self._fixed:
+            gamma.requires_grad_(False)  # they never get a gradient, for which the others would wait
+        ids = [self._device.index or 0] if self._device.type == "cuda" else None
+        replica = _Replica(self._module, self._train_forward)
+        return torch.nn.parallel.DistributedDataParallel(replica, device_ids=ids, broadcast_buffers=False)
+
+    def _gradients(self, images: np.ndarray, labels: np.ndarray, last: bool) -> Tensor:
+        """Add the gradients of a micro-batch to those that are there; returns batch_sums(). last: of its batch."""
+        own = torch.from_numpy(labels).to(self._device, non_blocking=True)
+        alone = self._group.size == 1
+        waits = contextlib.nullcontext() if alone or last else self._train_forward.no_sync()
+        with waits, contextlib.nullcontext() if alone else peers_watched():
+            with self._precision():
+                probabilities = self._train_forward(self._images(images), own)
+            probabilities.backward(torch.ones_like(probabilities))
+        with torch.no_grad():
+            return batch_sums(probabilities.detach(), own)
+
+    def _merge_statistics(self) -> None:
+        """Average the moving statistics over the processes, which go on from the average, as SymbolEngine does."""
+        if not self._own_statistics or self._merged:
+            return
+        tensors = {key: t for key, t in named_tensors(self._module).items() if key.startswith("aux:")}
+        means = self._group.mean({key: tensor.cpu().numpy() for key, tensor in tensors.items()})
+        for key, tensor in tensors.items():
+            tensor.copy_(torch.from_numpy(means[key]))
+        self._merged = True
+
     def _precision(self):
         if self._dtype == torch.float32:
             return contextlib.nullcontext()
         return torch.autocast(self._device.type, dtype=self._dtype)
 
-    def _images(self, batch: Batch) -> Tensor:
+    def _images(self, images: np.ndarray) -> Tensor:
         """Raw 0-255 images; their integers are exact in all three precisions."""
-        images = torch.from_numpy(batch.images).to(self._device, non_blocking=True)
-        return images.to(self._dtype, memory_format=torch.channels_last)
-
-    def _labels(self, batch: Batch) -> Tensor:
-        labels = np.array(batch.labels, dtype=np.int64)
-        labels[batch.valid :] = IGNORED_LABEL
-        return torch.from_numpy(labels).to(self._device, non_blocking=True)
+        raw = torch.from_numpy(images).to(self._device, non_blocking=True)
+        return raw.to(self._dtype, memory_format=torch.channels_last)
 
     @torch.no_grad()
     def _update(self, lr: float, rescale: float) -> None:
@@ -157,6 +204,18 @@ class TorchEngine:
             self._optimizer.update(gradients, lr, rescale, self._updates)
         for weight in self._weights.values():
             weight.grad = None
+
+
+class _Replica(torch.nn.Module):
+    """A module whose forward pass is `forward`: the module's own, compiled, or one that recomputes activations."""
+
+    def __init__(self, module: torch.nn.Module, forward: Callable):
+        super().__init__()
+        self.module = module
+        self._forward = forward if forward is not module else None
+
+    def forward(self, images: Tensor, labels: Tensor) -> Tensor:
+        return (self._forward or self.module)(images, labels)
 
 
 class _GradientScaler:
@@ -193,9 +252,10 @@ def _prepare_device(device: str, threads: int | None, tf32: bool) -> torch.devic
     return chosen
 
 
-def _seed_update(seed: int, update: int) -> None:
-    """Seed PyTorch's generators from (seed, update), so that a continued run draws the same dropout masks."""
-    torch.manual_seed(int(np.random.SeedSequence((seed, update)).generate_state(1, np.uint64)[0]) >> 1)
+def _seed_update(seed: int, update: int, rank: int) -> None:
+    """Seed PyTorch's generators from (seed, update, rank): a continued run draws the same dropout masks."""
+    entropy = (seed, update, rank) if rank else (seed, update)
+    torch.manual_seed(int(np.random.SeedSequence(entropy).generate_state(1, np.uint64)[0]) >> 1)
 
 
 def batch_sums(probabilities: Tensor, labels: Tensor) -> Tensor:

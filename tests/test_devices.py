@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from engines.base import IGNORED_LABEL, Batch
-from engines.mxnet_common import even_shares, seed_update, training_rows
+from engines.base import IGNORED_LABEL, Batch, even_shares
+from engines.mxnet_common import seed_update, training_rows
 from engines.symbol_engine import SymbolEngine
 from mxnet_compat import mx
 from training.initializer import initial_params

@@ -19,6 +19,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 PR_SET_PDEATHSIG = 1
+_LIBC = ctypes.CDLL(None) if sys.platform == "linux" else None
 SSH = ("ssh", "-o", "BatchMode=yes")
 SSH_FAILED = 255
 SIGNAL_EXIT_BASE = 128
@@ -99,17 +100,16 @@ def how_it_ended(status: int) -> str:
 
 def start_child(command: Sequence[str], environment: Mapping[str, str]) -> subprocess.Popen:
     """Start a process in a session of its own, so that Ctrl-C does not reach it, which dies with this one."""
-    libc = ctypes.CDLL(None) if sys.platform == "linux" else None
     parent = os.getpid()
+    return subprocess.Popen(command, env=environment, start_new_session=True, preexec_fn=lambda: die_with(parent))
 
-    def die_with_parent() -> None:
-        libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+
+def die_with(parent: int) -> None:
+    """Let the kernel kill this process when `parent`, which started it, ends in whatever way (Linux only)."""
+    if _LIBC is not None:
+        _LIBC.prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
         if os.getppid() != parent:
             os._exit(SIGNAL_EXIT_BASE + signal.SIGKILL)
-
-    return subprocess.Popen(
-        command, env=environment, start_new_session=True, preexec_fn=die_with_parent if libc else None
-    )
 
 
 def remote_command(command: Sequence[str], environment: Mapping[str, str], folder: Path) -> str:

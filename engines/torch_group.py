@@ -1,0 +1,118 @@
+"""Processes that torchrun (or engines.torch_launch) started, as a group: gloo between CPUs, NCCL between GPUs."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from engines.group import Group, PeerLost
+from graph.torch_ops import BatchNorm
+from training.launch_processes import die_with
+
+# Set by torchrun's agent in every process that it starts.
+AGENT_VARIABLE = "TORCHELASTIC_RUN_ID"
+# Set by engines.torch_launch, to its process id: the processes end with it, and a stop by signal is no failure.
+OWN_LAUNCHER_VARIABLE = "TRAINING_TORCH_LAUNCHER"
+_BACKENDS = {"cpu": "gloo", "cuda": "cpu:gloo,cuda:nccl"}
+# How both backends call a peer that has gone; PyTorch has no kind of error of its own for it.
+_LOST = ("gloo", "NCCL", "Connection reset", "Connection closed", "Broken pipe", "Socket Timeout", "process group")
+
+
+class TorchGroup(Group):
+    """Joins the process group that the environment describes. device: of this process, "cpu" or "cuda:0"."""
+
+    def __init__(self, device: str) -> None:
+        if OWN_LAUNCHER_VARIABLE in os.environ:
+            die_with(int(os.environ[OWN_LAUNCHER_VARIABLE]))
+        kind = torch.device(device).type
+        if kind == "cuda":
+            torch.cuda.set_device(device)
+        dist.init_process_group(_BACKENDS[kind])
+        self.rank, self.size = dist.get_rank(), dist.get_world_size()
+
+    def sum(self, values: Sequence[float] | np.ndarray) -> np.ndarray:
+        total = torch.from_numpy(np.array(values, np.float64))
+        with peers_watched():
+            dist.all_reduce(total)
+        return total.numpy()
+
+    def broadcast(self, payload: bytes) -> bytes:
+        length = torch.tensor([len(payload)])
+        with peers_watched():
+            dist.broadcast(length, 0)
+            data = torch.frombuffer(bytearray(payload or b"\0"), dtype=torch.uint8)
+            if not self.leads:
+                data = torch.empty(int(length), dtype=torch.uint8)
+            dist.broadcast(data, 0)
+        return data.numpy().tobytes()
+
+    def close(self, failed: bool = False) -> None:
+        if failed and torch.cuda.is_initialized():
+            return  # destroying a communicator waits for its peers; the process ends at once instead
+        dist.destroy_process_group()
+
+
+@contextlib.contextmanager
+def peers_watched() -> Iterator[None]:
+    """Turns the error that PyTorch raises when another process has gone into one line."""
+    try:
+        yield
+    except RuntimeError as error:
+        if not any(word in str(error) for word in _LOST):
+            raise
+        raise PeerLost("another process of the job ended; its own message says why") from error
+
+
+class _Sum(torch.autograd.Function):
+    """Sum over the processes, of values on the way forward and of gradients on the way back."""
+
+    @staticmethod
+    def forward(ctx, values: torch.Tensor) -> torch.Tensor:
+        total = values.clone()
+        dist.all_reduce(total)
+        return total
+
+    @staticmethod
+    def backward(ctx, gradient: torch.Tensor) -> torch.Tensor:
+        total = gradient.contiguous().clone()
+        dist.all_reduce(total)
+        return total
+
+
+class SyncedBatchNorm(BatchNorm):
+    """BatchNorm with the statistics of all processes' rows; every process must have equally many."""
+
+    def _train(self, data, gamma, beta, mean, variance) -> torch.Tensor:
+        kept = [axis for axis in range(data.dim()) if axis != 1]
+        shape = [1, -1] + [1] * (data.dim() - 2)
+        count = data.numel() // data.shape[1] * dist.get_world_size()
+        exact = data.float()
+        batch_mean = _Sum.apply(exact.sum(kept)) / count
+        centred = exact - batch_mean.view(shape)
+        batch_variance = _Sum.apply(centred.square().sum(kept)) / count
+        if not self.frozen:
+            with torch.no_grad():
+                mean.lerp_(batch_mean, 1 - self.momentum)
+                variance.lerp_(batch_variance, 1 - self.momentum)
+        output = centred * torch.rsqrt(batch_variance + self.eps).view(shape)
+        output = output if gamma is None else output * gamma.view(shape)
+        return (output + beta.view(shape)).to(data.dtype)
+
+
+def synchronize_batch_norms(module: nn.Module) -> None:
+    """Replace every BatchNorm in `module` by one that shares its statistics with the other processes."""
+    for name, part in list(module.named_modules()):
+        if isinstance(part, BatchNorm):
+            synced = SyncedBatchNorm(part.eps, part.momentum, part.fix_gamma, part.use_global_stats, part.axis)
+            module.set_submodule(name, synced)
+
+
+def in_torch_job() -> bool:
+    """Whether torchrun or our own launcher started this process."""
+    return AGENT_VARIABLE in os.environ
