@@ -162,7 +162,7 @@ def measure_memory(folder: Path, args: argparse.Namespace) -> dict[str, list[flo
 def main() -> int:
     parser = argparse.ArgumentParser("python -m benchmarks.im2rec", description=__doc__.split("\n\n")[0])
     parser.add_argument("--images", type=int, default=5000)
-    parser.add_argument("--quality", type=int, default=95, help="of the JPEGs that are made")
+    parser.add_argument("--quality", type=int, default=90, help="of the JPEGs that are made")
     parser.add_argument("--workers", type=int, default=len(os.sched_getaffinity(0)))
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--only", choices=["resize", "pass-through", "memory"], nargs="+")

@@ -26,7 +26,7 @@ from data_prep.lists import (
     write_classes,
     write_lists,
 )
-from data_prep.workers import default_workers
+from data_prep.workers import default_workers, start_early
 from errors import UsageError, run_command
 
 
@@ -78,9 +78,10 @@ def conversion_of(args: argparse.Namespace) -> Conversion:
 
 def pack_lists(lists: list[Path], root: Path, args: argparse.Namespace, all_labels: bool = True) -> int:
     """Pack every list beside itself and print a summary; returns the exit status."""
+    conversion = conversion_of(args)
+    start_early(args.num_thread)
     from data_prep.packing import pack_list, report
 
-    conversion = conversion_of(args)
     options = {"all_labels": all_labels, "workers": args.num_thread, "resume": args.resume}
     return report([pack_list(path, root, conversion, **options) for path in lists], args.allow_rejects)
 

@@ -14,8 +14,6 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-import numpy as np
-
 import atomic_file
 from errors import ProjectError, UsageError
 
@@ -234,6 +232,8 @@ def write_lists(
     An image's index is its place before the shuffle, which numpy's frozen RandomState(seed) does. The lines
     wait in a temporary file, so memory holds eight bytes an image.
     """
+    import numpy as np
+
     parts = split_names(prefix, chunks, train_ratio, test_ratio)
     folder = Path(prefix).parent
     try:
@@ -287,6 +287,8 @@ def check_list(path: Path) -> int:
 
     UsageError when it is empty or an index occurs twice.
     """
+    import numpy as np
+
     keys = np.fromiter((item.key for item in read_list(path)), np.int64)
     if not len(keys):
         raise UsageError(f"{path}: holds no images")

@@ -51,17 +51,29 @@ def ordered_map(function: Callable[[Task], Result], tasks: Iterable[Task], worke
     if workers <= 1:
         yield from map(function, tasks)
         return
-    # Not fork: the caller may have threads (OpenCV, MXNet, a progress bar), which a forked child does not
-    # survive.
-    methods = multiprocessing.get_all_start_methods()
-    context = multiprocessing.get_context("forkserver" if "forkserver" in methods else "spawn")
-    context.set_forkserver_preload(_PRELOADED)
+    context = _context()
     team = [_Worker(context, function) for _ in range(workers)]
     try:
         yield from _distribute(team, iter(tasks))
     finally:
         for worker in team:
             worker.stop()
+
+
+def start_early(workers: int) -> None:
+    """Begin to load what workers need, beside what the caller does before it has tasks for them."""
+    if workers > 1 and _context().get_start_method() == "forkserver":
+        from multiprocessing import forkserver
+
+        forkserver.ensure_running()
+
+
+def _context() -> multiprocessing.context.BaseContext:
+    """How processes are started: not by fork, which a caller's threads (OpenCV, MXNet) do not survive."""
+    methods = multiprocessing.get_all_start_methods()
+    context = multiprocessing.get_context("forkserver" if "forkserver" in methods else "spawn")
+    context.set_forkserver_preload(_PRELOADED)
+    return context
 
 
 class _Worker:
