@@ -9,7 +9,7 @@ SHELL := /bin/bash
 
 BIN := .venv/bin
 USER_REQUIREMENTS := requirements.txt requirements-base.txt requirements-mxnet.txt
-DEV_REQUIREMENTS := requirements-dev.txt requirements-torch.txt $(USER_REQUIREMENTS)
+DEV_REQUIREMENTS := requirements-dev.txt requirements-torch.txt requirements-onnx.txt $(USER_REQUIREMENTS)
 PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
 # In the order of preference; releases outside 3.10 to 3.12 lack wheels of numpy 1.26 or PyTorch.

@@ -10,6 +10,9 @@ from errors import UsageError, run_command
 # Command -> (module with a function `main` that takes the arguments, what the command does).
 COMMANDS = {
     "import-weights": ("graph.import_weights", "weights of GluonCV, timm or Cadene in one of our networks"),
+    "export-onnx": ("graph.export_onnx", "a trained network as ONNX, checked with onnxruntime"),
+    "export-torch": ("graph.export_torch", "a trained network as a torch.export program"),
+    "run": ("graph.run", "the five most probable classes of pictures"),
 }
 
 
