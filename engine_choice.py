@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import argparse
 import os
+import sys
 
 from engines.group import Group
 from errors import UsageError
 from networks import Network
-from training.options import ASYNC_STORE, DIST_STORES, ZOO_PREFIX, network_flags
+from training.heartbeat import in_torch_job
+from training.options import ASYNC_STORE, DIST_STORES, ZOO_PREFIX, network_flags, torch_flags
 
 
 def choose_engine(args: argparse.Namespace) -> str | None:
@@ -30,8 +32,10 @@ def choose_engine(args: argparse.Namespace) -> str | None:
 
 
 def _why_not_mxnet(args: argparse.Namespace) -> str | None:
-    if args.dtype != "float32" or args.compile or args.no_tf32:
-        return "--dtype, --compile and --no-tf32 need PyTorch"
+    if torch_flags(args):
+        return f"{torch_flags(args)[0]} needs PyTorch"
+    if in_torch_job():
+        return "torchrun started this process"
     # Before MXNet is imported: it reads them only then.
     prepare_process(args)
     try:
@@ -63,9 +67,31 @@ def prepare_process(args: argparse.Namespace) -> None:
         os.environ["MXNET_UPDATE_ON_KVSTORE"] = "1" if args.kv_store == ASYNC_STORE else "0"
 
 
+def start_processes(args: argparse.Namespace, argv: list[str] | None) -> int | None:
+    """Where PyTorch has several devices: train in one process for each and return the exit status; else None."""
+    devices = len(args.gpus) if args.gpus else args.cpus or 1
+    if devices == 1 or in_torch_job() or args.test_io or args.engine in ("symbol", "gluon"):
+        return None
+    reason = choose_engine(args)
+    if args.engine != "torch":
+        return None
+    from engines.torch_launch import run_processes
+
+    if reason:
+        print(reason, file=sys.stderr)
+    given = sys.argv[1:] if argv is None else argv
+    return run_processes([*given, "--engine", "torch"], devices, args.max_restarts)
+
+
 def join_group(args: argparse.Namespace) -> Group:
-    """The processes that train together, as --kv-store says; this one alone where it names none of several."""
-    if args.kv_store not in DIST_STORES or args.test_io:
+    """The processes that train together, as torchrun or --kv-store says; this one alone where there are no others."""
+    if args.test_io:
+        return Group()
+    if in_torch_job():
+        from engines.torch_group import TorchGroup
+
+        return TorchGroup(_torch_device(args))
+    if args.kv_store not in DIST_STORES:
         return Group()
     prepare_process(args)
     reason = choose_engine(args)
@@ -108,10 +134,16 @@ def _torch_engine(args: argparse.Namespace, network: Network, group: Group):
     from engines.torch_engine import TorchEngine
 
     return TorchEngine(
-        network.json, image_shape=network.image_shape, batch_size=args.batch_size, optimizer=args.optimizer,
-        momentum=args.mom, wd=args.wd, seed=args.seed, device=f"cuda:{args.gpus[0]}" if args.gpus else "cpu",
-        dtype=args.dtype, compile=args.compile, tf32=not args.no_tf32, memonger=args.memonger,
+        network.json, image_shape=network.image_shape, batch_size=args.batch_size // group.size,
+        optimizer=args.optimizer, momentum=args.mom, wd=args.wd, seed=args.seed, device=_torch_device(args),
+        dtype=args.dtype, compile=args.compile, tf32=not args.no_tf32, memonger=args.memonger, group=group,
+        sync_bn=args.sync_bn, accumulate=args.accumulate,
     )  # fmt: skip
+
+
+def _torch_device(args: argparse.Namespace) -> str:
+    """The one device of this process."""
+    return f"cuda:{args.gpus[int(os.environ.get('LOCAL_RANK', '0'))]}" if args.gpus else "cpu"
 
 
 _MAKERS = {"symbol": _symbol_engine, "gluon": _gluon_engine, "torch": _torch_engine}

@@ -14,7 +14,7 @@ def main(argv: list[str] | None = None) -> int:
     """Run the command; returns its exit status (128 + signal when a signal ended the training)."""
     args = parse_args(argv)
     # numpy, OpenCV and the frameworks are imported once the flags are known to be right: --help answers at once.
-    from engine_choice import choose_engine, join_group, make_engine, prepare_process
+    from engine_choice import choose_engine, join_group, make_engine, prepare_process, start_processes
     from networks import declare, print_networks
     from training.checkpoint import PrefixLock
     from training.data import open_data
@@ -24,6 +24,9 @@ def main(argv: list[str] | None = None) -> int:
 
     if args.network == "list":
         return print_networks()
+    status = start_processes(args, argv)
+    if status is not None:
+        return status
     with join_group(args) as group, open_data(args, group) as data, ExitStack() as held:
         if args.test_io:
             from training.loader_speed import report_io
@@ -47,7 +50,7 @@ def main(argv: list[str] | None = None) -> int:
         log = open_log(args, network, data, start, group)
         trainer = Trainer(engine, start.schedule, data, log, saver, args, group)
         try:
-            return trainer.run(start.position)
+            return group.final_status(trainer.run(start.position))
         finally:
             engine.close()
 

@@ -47,6 +47,10 @@ class Group:
         """The bytes of rank 0; what the others hand in does not matter."""
         return payload
 
+    def final_status(self, status: int) -> int:
+        """What this process should end with when the training ended with `status`."""
+        return status
+
     def close(self, failed: bool = False) -> None:
         """Leave the group. failed: the others will not come to the end, so do not wait for them."""
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import resource
+import warnings
 from collections.abc import Callable
 
 import numpy as np
@@ -159,7 +160,10 @@ class TorchEngine:
             gamma.requires_grad_(False)  # they never get a gradient, for which the others would wait
         ids = [self._device.index or 0] if self._device.type == "cuda" else None
         replica = _Replica(self._module, self._train_forward)
-        return torch.nn.parallel.DistributedDataParallel(replica, device_ids=ids, broadcast_buffers=False)
+        with warnings.catch_warnings():
+            # broadcast_buffers got another name in PyTorch 2.13; older releases know this one alone.
+            warnings.simplefilter("ignore", FutureWarning)
+            return torch.nn.parallel.DistributedDataParallel(replica, device_ids=ids, broadcast_buffers=False)
 
     def _gradients(self, images: np.ndarray, labels: np.ndarray, last: bool) -> Tensor:
         """Add the gradients of a micro-batch to those that are there; returns batch_sums(). last: of its batch."""

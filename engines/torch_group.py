@@ -13,12 +13,9 @@ from torch import nn
 
 from engines.group import Group, PeerLost
 from graph.torch_ops import BatchNorm
-from training.launch_processes import die_with
+from training.heartbeat import TORCH_LAUNCHER_VARIABLE
+from training.launch_processes import SIGNAL_EXIT_BASE, die_with
 
-# Set by torchrun's agent in every process that it starts.
-AGENT_VARIABLE = "TORCHELASTIC_RUN_ID"
-# Set by engines.torch_launch, to its process id: the processes end with it, and a stop by signal is no failure.
-OWN_LAUNCHER_VARIABLE = "TRAINING_TORCH_LAUNCHER"
 _BACKENDS = {"cpu": "gloo", "cuda": "cpu:gloo,cuda:nccl"}
 # How both backends call a peer that has gone; PyTorch has no kind of error of its own for it.
 _LOST = ("gloo", "NCCL", "Connection reset", "Connection closed", "Broken pipe", "Socket Timeout", "process group")
@@ -28,13 +25,19 @@ class TorchGroup(Group):
     """Joins the process group that the environment describes. device: of this process, "cpu" or "cuda:0"."""
 
     def __init__(self, device: str) -> None:
-        if OWN_LAUNCHER_VARIABLE in os.environ:
-            die_with(int(os.environ[OWN_LAUNCHER_VARIABLE]))
+        # Not every torchrun is ours, also not one that a process of ours started.
+        self._own_launcher = os.environ.get(TORCH_LAUNCHER_VARIABLE) == str(os.getppid())
+        if self._own_launcher:
+            die_with(os.getppid())
         kind = torch.device(device).type
         if kind == "cuda":
             torch.cuda.set_device(device)
-        dist.init_process_group(_BACKENDS[kind])
-        self.rank, self.size = dist.get_rank(), dist.get_world_size()
+        store, self.rank, self.size = next(dist.rendezvous("env://"))
+        if os.environ.get("GROUP_WORLD_SIZE") == "1":
+            # PyTorch's agent keeps its store when it starts the processes again, with the addresses of those that
+            # died in it. (On several machines the agents count restarts differently; see docs/distributed.md.)
+            store = dist.PrefixStore(f"start {os.environ['TORCHELASTIC_RESTART_COUNT']}", store)
+        dist.init_process_group(_BACKENDS[kind], store=store, rank=self.rank, world_size=self.size)
 
     def sum(self, values: Sequence[float] | np.ndarray) -> np.ndarray:
         total = torch.from_numpy(np.array(values, np.float64))
@@ -51,6 +54,10 @@ class TorchGroup(Group):
                 data = torch.empty(int(length), dtype=torch.uint8)
             dist.broadcast(data, 0)
         return data.numpy().tobytes()
+
+    def final_status(self, status: int) -> int:
+        # To PyTorch's agent any other status than 0 is a death, after which it starts the job again.
+        return 0 if self._own_launcher and status > SIGNAL_EXIT_BASE else status
 
     def close(self, failed: bool = False) -> None:
         if failed and torch.cuda.is_initialized():
@@ -111,8 +118,3 @@ def synchronize_batch_norms(module: nn.Module) -> None:
         if isinstance(part, BatchNorm):
             synced = SyncedBatchNorm(part.eps, part.momentum, part.fix_gamma, part.use_global_stats, part.axis)
             module.set_submodule(name, synced)
-
-
-def in_torch_job() -> bool:
-    """Whether torchrun or our own launcher started this process."""
-    return AGENT_VARIABLE in os.environ

@@ -5,20 +5,20 @@ On several machines torchrun does the same: torchrun --nnodes 2 --nproc-per-node
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import signal
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.launcher.api import LaunchConfig, launch_agent
 
-from engines.torch_group import OWN_LAUNCHER_VARIABLE
 from errors import ProjectError, UsageError
-from training.heartbeat import STARTED_VARIABLE
+from training.heartbeat import STARTED_VARIABLE, TORCH_LAUNCHER_VARIABLE
 from training.launch_processes import SIGNAL_EXIT_BASE, how_it_ended
 
 SCRIPT = Path(__file__).resolve().parent.parent / "train_se_resnext.py"
@@ -34,16 +34,19 @@ def run_processes(argv: Sequence[str], processes: int, max_restarts: int) -> int
     """
     # The agent reports every death at length; it is said below in one line.
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
-    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // processes)))
-    os.environ.update({STARTED_VARIABLE: str(time.time()), OWN_LAUNCHER_VARIABLE: str(os.getpid())})
-    received = _pass_signals_on()
+    threads = os.environ.get("OMP_NUM_THREADS") or str(max(1, len(os.sched_getaffinity(0)) // processes))
+    shared = {
+        "OMP_NUM_THREADS": threads, STARTED_VARIABLE: str(time.time()), TORCH_LAUNCHER_VARIABLE: str(os.getpid())
+    }  # fmt: skip
     config = LaunchConfig(
         min_nodes=1, max_nodes=1, nproc_per_node=processes, rdzv_backend="c10d", rdzv_endpoint="localhost:0",
         run_id=f"train-{os.getpid()}", max_restarts=max_restarts, signals_to_handle="",
         shutdown_timeout=SHUTDOWN_SECONDS,
     )  # fmt: skip
+    received: list[int] = []
     try:
-        launch_agent(config, sys.executable, [str(SCRIPT), *argv])
+        with _environment(shared), _signals_passed_on(received):
+            launch_agent(config, sys.executable, [str(SCRIPT), *argv])
     except ChildFailedError as error:
         if received:
             return SIGNAL_EXIT_BASE + received[0]
@@ -55,18 +58,35 @@ def run_processes(argv: Sequence[str], processes: int, max_restarts: int) -> int
     return SIGNAL_EXIT_BASE + received[0] if received else 0
 
 
-def _pass_signals_on() -> list[int]:
-    """Let SIGTERM and SIGINT reach the training processes, which save and end; returns what has come, once it does."""
-    received: list[int] = []
+@contextlib.contextmanager
+def _environment(variables: dict[str, str]) -> Iterator[None]:
+    """Set environment variables for a while; PyTorch's agent hands this process's own on."""
+    before = {name: os.environ.get(name) for name in variables}
+    os.environ.update(variables)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            os.environ.pop(name)
+            if value is not None:
+                os.environ[name] = value
+
+
+@contextlib.contextmanager
+def _signals_passed_on(received: list[int]) -> Iterator[None]:
+    """Let SIGTERM and SIGINT reach the training processes, which save and end; `received` tells what has come."""
 
     def handle(number: int, _frame: object) -> None:
         received.append(number)
         for pid in children():
             os.kill(pid, signal.SIGTERM if len(received) == 1 else signal.SIGKILL)
 
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, handle)
-    return received
+    before = {number: signal.signal(number, handle) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def children() -> list[int]:

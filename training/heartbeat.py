@@ -14,6 +14,8 @@ HEARTBEAT_VARIABLE, WORKER_VARIABLE = "TRAINING_HEARTBEAT", "TRAINING_WORKER"
 # How often the job was started again (PyTorch's launcher has a variable of its own), and when it began, in seconds
 # since 1970: checkpoints from before are not its own.
 RESTARTS_VARIABLES, STARTED_VARIABLE = ("TRAINING_RESTARTS", "TORCHELASTIC_RESTART_COUNT"), "TRAINING_STARTED"
+# Set by PyTorch's agent in every process that it starts; and by our own launcher around it, to its process id.
+TORCH_AGENT_VARIABLE, TORCH_LAUNCHER_VARIABLE = "TORCHELASTIC_RUN_ID", "TRAINING_TORCH_LAUNCHER"
 
 
 class Heartbeat:
@@ -33,6 +35,11 @@ class Heartbeat:
         if self._socket is not None:
             with contextlib.suppress(OSError):
                 self._socket.sendto(self._message, self._target)
+
+
+def in_torch_job() -> bool:
+    """Whether torchrun, or our own launcher for PyTorch, started this process."""
+    return TORCH_AGENT_VARIABLE in os.environ
 
 
 def restarted() -> bool:

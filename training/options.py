@@ -11,6 +11,7 @@ from architectures import NETWORKS, option_names
 from command_line import HelpFormatter
 from errors import UsageError
 from training.augment_options import add_augment_args
+from training.heartbeat import in_torch_job
 
 ENGINES = ("auto", "symbol", "gluon", "torch")
 DTYPES = ("float32", "bfloat16", "float16")
@@ -242,6 +243,19 @@ def add_device_args(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--cpus", type=COUNT, default=None, metavar="N", help="N CPU contexts")
     group.add_argument("--dtype", choices=DTYPES, default="float32", help="precision of PyTorch's arithmetic")
     group.add_argument("--compile", action="store_true", help="let torch.compile generate the kernels")
+    group.add_argument(
+        "--sync-bn", action="store_true", help="BatchNorm statistics of all devices together, not of each (PyTorch)"
+    )
+    group.add_argument(
+        "--accumulate", type=COUNT, default=1, metavar="K",
+        help="cut a batch into K micro-batches whose gradients are summed, for batches that memory cannot hold "
+        "(PyTorch)",
+    )  # fmt: skip
+    group.add_argument(
+        "--max-restarts", type=NATURAL, default=0, metavar="N",
+        help="start several processes again from the newest checkpoint when one died, so many times (PyTorch; "
+        "python -m training.launch has its own)",
+    )  # fmt: skip
     group.add_argument("--no-tf32", action="store_true", help="full float32 products on GPUs that have TF32 (PyTorch)")
     group.add_argument(
         "--kv-store", choices=KV_STORES, default="device",
@@ -299,8 +313,7 @@ def check_args(args: argparse.Namespace, preset: Preset) -> None:
         )
     if args.device_speed is not None and not args.test_io:
         raise UsageError("--device-speed only says what --test-io compares with; add --test-io")
-    torch_flags = {"--dtype": args.dtype != "float32", "--compile": args.compile, "--no-tf32": args.no_tf32}
-    for flag in (flag for flag, given in torch_flags.items() if given):
+    for flag in torch_flags(args):
         if args.engine in ("symbol", "gluon"):
             raise UsageError(f"{flag} needs PyTorch: take --engine torch, or leave it out")
     if args.gpus is not None and args.cpus is not None:
@@ -322,6 +335,15 @@ def check_args(args: argparse.Namespace, preset: Preset) -> None:
     args.lr_steps = tuple(step for step in args.lr_steps if step < args.epochs)
 
 
+def torch_flags(args: argparse.Namespace) -> list[str]:
+    """The flags that were given and that PyTorch alone can follow."""
+    given = {
+        "--dtype": args.dtype != "float32", "--compile": args.compile, "--no-tf32": args.no_tf32,
+        "--sync-bn": args.sync_bn, "--accumulate": args.accumulate > 1, "--max-restarts": args.max_restarts > 0,
+    }  # fmt: skip
+    return [flag for flag, value in given.items() if value]
+
+
 def check_network_flags(args: argparse.Namespace, preset: Preset) -> None:
     """Refuse flags of another network than the one that is asked for."""
     given = {
@@ -336,8 +358,15 @@ def check_network_flags(args: argparse.Namespace, preset: Preset) -> None:
 
 
 def check_devices(args: argparse.Namespace) -> None:
-    """Refuse what --kv-store cannot do."""
-    store = args.kv_store
+    """Refuse what --kv-store or the launcher of this process cannot do."""
+    store, devices = args.kv_store, len(args.gpus) if args.gpus else args.cpus or 1
+    if args.batch_size < devices * args.accumulate:
+        raise UsageError(
+            f"--batch-size {args.batch_size} is smaller than devices times micro-batches "
+            f"({devices} x {args.accumulate}); raise it, or lower --accumulate"
+        )
+    if in_torch_job() and not args.test_io:
+        check_torch_job(args)
     if store == "nccl" and not args.gpus:
         raise UsageError("--kv-store nccl sums gradients of GPUs; name them with --gpus, or take --kv-store device")
     if store not in DIST_STORES or args.test_io:
@@ -353,6 +382,16 @@ def check_devices(args: argparse.Namespace) -> None:
         )
     if store == ASYNC_STORE and args.engine == "gluon":
         raise UsageError(f"--kv-store {store} needs --engine symbol: Gluon's trainer cannot change the servers' rate")
+
+
+def check_torch_job(args: argparse.Namespace) -> None:
+    """Refuse what cannot work in a process that torchrun started."""
+    if args.engine not in ("auto", "torch") or args.kv_store in DIST_STORES:
+        raise UsageError("torchrun starts processes for --engine torch; MXNet's start with python -m training.launch")
+    local = int(os.environ["LOCAL_WORLD_SIZE"])
+    given = len(args.gpus) if args.gpus else args.cpus or local
+    if given != local:
+        raise UsageError(f"{given} devices for {local} processes on this machine; make --nproc-per-node {given}")
 
 
 def complete_args(args: argparse.Namespace, preset: Preset) -> argparse.Namespace:

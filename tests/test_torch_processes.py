@@ -1,0 +1,184 @@
+"""PyTorch in several gloo processes: the same updates as one process and as MXNet with two contexts, clean ends."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from test_devices import initial_state as first_state
+from test_devices import make_batches, network
+from test_launch import END_SECONDS, SLOW, assert_same_files, is_running, updates
+
+from conftest import ROOT, read_lines, start_training, without_times
+from engines.base import Batch
+from engines.torch_engine import TorchEngine
+from graph.params_file import read_arrays
+from training.checkpoint import find_latest
+
+TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
+LR = 0.02
+
+
+def losses(log_dir: Path) -> list[float]:
+    return [line["loss"] for line in read_lines(log_dir) if line["type"] == "train"]
+
+
+@pytest.fixture
+def torch_flags(train_flags):
+    def build(name="run", **changes):
+        flags = {"engine": "torch", "cpus": 2, "frequent": 1, "lr_steps": "", "drop_out": 0.2, **changes}
+        return train_flags(name, **flags)
+
+    return build
+
+
+def wait_for_update(process: subprocess.Popen, log_dir: Path, update: int) -> None:
+    deadline = time.monotonic() + 60
+    while updates(log_dir) < update:
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+def ranks_of(process: subprocess.Popen) -> list[int]:
+    found = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True).stdout
+    return [int(pid) for pid in found.split()]
+
+
+def test_losses_are_those_of_mxnet_with_two_contexts(train, train_flags, torch_flags, tmp_path):
+    # Slow learning keeps rounding from being amplified; see test_torch_engine.
+    flags = {"epochs": 4, "lr": 0.0005, "drop_out": 0, "cpus": 2}
+    assert train(train_flags("mxnet", **flags, engine="symbol", frequent=1, lr_steps="")) == 0
+    assert train(torch_flags("torch", **flags)) == 0
+    found, expected = (losses(tmp_path / "log" / name) for name in ("torch", "mxnet"))
+    assert len(expected) > 20
+    np.testing.assert_allclose(found, expected, atol=1e-4)
+    one, other = (read_arrays(tmp_path / "model" / f"{name}-0004.params") for name in ("mxnet", "torch"))
+    for name, array in one.items():
+        np.testing.assert_allclose(other[name], array, rtol=1e-3, atol=1e-4, err_msg=name)
+
+
+def test_with_shared_statistics_two_processes_are_one(train, torch_flags, tmp_path):
+    flags = {"epochs": 3, "lr": 0.002, "drop_out": 0}
+    assert train(torch_flags("one", **{**flags, "cpus": 1})) == 0
+    assert train(torch_flags("two", **flags, sync_bn=True)) == 0
+    one, two = (losses(tmp_path / "log" / name) for name in ("one", "two"))
+    np.testing.assert_allclose(two, one, rtol=1e-4)
+    validation = [read_lines(tmp_path / "log" / name)[-1]["validation"]["loss"] for name in ("one", "two")]
+    assert validation[1] == pytest.approx(validation[0], rel=1e-3)
+
+
+def test_killed_rank_is_named_and_the_job_resumes_exactly(torch_flags, tmp_path):
+    flags = {"epochs": 3, "save_every": 4, "lr": 0.01}
+    # Plain torchrun, and the engine left to the project.
+    straight = subprocess.Popen(
+        [*TORCHRUN, "train_se_resnext.py", *torch_flags("straight", **{**flags, "cpus": None, "engine": None})],
+        cwd=ROOT, stderr=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    killed = start_training(torch_flags("killed", **flags, max_restarts=1), stderr=subprocess.PIPE, text=True)
+    wait_for_update(killed, tmp_path / "log" / "killed", 8)
+    ranks = ranks_of(killed)
+    assert len(ranks) == 2
+    os.kill(ranks[1], signal.SIGKILL)
+    for process in (killed, straight):
+        error = process.communicate(timeout=120)[1]
+        assert process.returncode == 0, error
+    assert_same_files(tmp_path / "model", "straight", "killed", 3)
+    logs = [without_times(read_lines(tmp_path / "log" / name)) for name in ("straight", "killed")]
+    assert logs[0] == logs[1]
+
+
+def test_a_dead_rank_ends_the_job(torch_flags, tmp_path):
+    process = start_training(torch_flags(epochs=SLOW), stderr=subprocess.PIPE, text=True)
+    wait_for_update(process, tmp_path / "log" / "run", 7)
+    ranks = ranks_of(process)
+    os.kill(ranks[1], signal.SIGKILL)
+    begin = time.monotonic()
+    error = process.communicate(timeout=60)[1]
+    assert time.monotonic() - begin < END_SECONDS
+    assert process.returncode == 1
+    assert re.search(rf"error: rank \d \(process {ranks[1]}\) was killed by SIGKILL", error), error
+    assert "Traceback" not in error
+    assert not any(is_running(pid) for pid in ranks)
+    checkpoint, passed_over = find_latest(tmp_path / "model" / "run")
+    assert checkpoint.epoch >= 1
+    assert not passed_over
+
+
+def test_sigterm_stops_all_ranks_with_one_checkpoint(torch_flags, tmp_path):
+    process = start_training(torch_flags(epochs=SLOW), stderr=subprocess.PIPE, text=True)
+    wait_for_update(process, tmp_path / "log" / "run", 3)
+    process.send_signal(signal.SIGTERM)
+    error = process.communicate(timeout=60)[1]
+    assert process.returncode == 128 + signal.SIGTERM, error
+    assert error.count("--resume goes on") == 1
+    assert "Traceback" not in error
+    assert find_latest(tmp_path / "model" / "run")[0].state.updates == updates(tmp_path / "log" / "run")
+
+
+def trained_alone(symbol, batches: list[Batch], **options) -> dict[str, np.ndarray]:
+    engine = TorchEngine(symbol.tojson(), image_shape=(3, 12, 12), batch_size=len(batches[0].labels), **options)
+    engine.set_state(first_state(symbol))
+    for batch in batches:
+        engine.train_batch(batch, LR)
+    state = engine.get_state()
+    return {**state.params, **state.optimizer}
+
+
+def test_without_batchnorm_two_processes_are_one(tmp_path):
+    symbol = network(batch_norm=False)
+    batches = [batch._replace(pad=0) for batch in make_batches()]
+    (tmp_path / "net.json").write_text(symbol.tojson())
+    (tmp_path / "options.json").write_text(json.dumps({"lr": LR, "accumulate": 2}))
+    np.savez(tmp_path / "first.npz", **first_state(symbol).params)
+    np.savez(
+        tmp_path / "batches.npz",
+        images=np.stack([batch.images for batch in batches]), labels=np.stack([batch.labels for batch in batches]),
+    )  # fmt: skip
+    subprocess.run([*TORCHRUN, ROOT / "tests" / "torch_worker.py", tmp_path], check=True, cwd=ROOT)
+    found, expected = np.load(tmp_path / "last.npz"), trained_alone(symbol, batches)
+    assert set(found) == set(expected)
+    for name, array in expected.items():
+        np.testing.assert_allclose(found[name], array, rtol=1e-4, atol=2e-6, err_msg=name)
+
+
+@pytest.mark.parametrize("micro_batches", [2, 3, 8])
+def test_accumulating_is_the_large_batch(micro_batches):
+    symbol = network(batch_norm=False)
+    found = trained_alone(symbol, make_batches(), accumulate=micro_batches)
+    for name, array in trained_alone(symbol, make_batches()).items():
+        np.testing.assert_allclose(found[name], array, rtol=1e-4, atol=2e-6, err_msg=name)
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ({"batch_size": 15, "cpus": 2}, "--batch-size 15 cannot be shared by 2 processes"),
+        ({"batch_size": 6, "accumulate": 4, "cpus": 2}, "lower --accumulate"),
+        ({"engine": "symbol", "accumulate": 2}, "--accumulate needs PyTorch"),
+        ({"engine": "gluon", "sync_bn": True}, "--sync-bn needs PyTorch"),
+        ({"kv_store": "dist_sync"}, "--kv-store dist_sync is MXNet's"),
+    ],
+)
+def test_mistakes_are_refused_in_one_line(train, torch_flags, capfd, flags, message):
+    assert train(torch_flags(**flags)) == 2
+    error = capfd.readouterr().err
+    assert message in error
+    assert "Traceback" not in error
+
+
+def test_torchrun_and_the_flags_must_agree(train, torch_flags, capfd, monkeypatch):
+    for name, value in {"TORCHELASTIC_RUN_ID": "x", "LOCAL_WORLD_SIZE": "4"}.items():
+        monkeypatch.setenv(name, value)
+    assert train(torch_flags(cpus=2)) == 2
+    assert "--nproc-per-node 2" in capfd.readouterr().err
+    assert train(torch_flags(engine="symbol", cpus=None)) == 2
+    assert "torchrun" in capfd.readouterr().err

@@ -1,0 +1,42 @@
+"""What tests/test_torch_processes.py runs under torchrun: trains a graph on this process's part of given batches.
+
+    torchrun --nproc-per-node 2 tests/torch_worker.py FOLDER
+
+FOLDER holds net.json, first.npz (parameters) and batches.npz; rank 0 leaves last.npz with parameters and momentum.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from engines.base import Batch, TrainState
+from engines.torch_engine import TorchEngine
+from engines.torch_group import TorchGroup
+
+
+def main(folder: Path) -> None:
+    batches = np.load(folder / "batches.npz")
+    images, labels, options = batches["images"], batches["labels"], json.loads((folder / "options.json").read_text())
+    lr = options.pop("lr")
+    with TorchGroup("cpu") as group:
+        rows = images.shape[1] // group.size
+        mine = slice(group.rank * rows, (group.rank + 1) * rows)
+        engine = TorchEngine(
+            (folder / "net.json").read_text(), image_shape=images.shape[2:], batch_size=rows, group=group, **options
+        )
+        engine.set_state(TrainState(dict(np.load(folder / "first.npz"))))
+        for one_images, one_labels in zip(images, labels):
+            engine.train_batch(Batch(one_images[mine], one_labels[mine]), lr, len(one_labels))
+        state = engine.get_state()
+        if group.leads:
+            np.savez(folder / "last.npz", **state.params, **state.optimizer)
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
