@@ -98,7 +98,7 @@ def test_resume_cuts_later_lines_and_writes_no_second_header(tmp_path):
     whole = records(log.path)
     with log.path.open("a", encoding="utf-8") as file:
         file.write('{"type": "train", "epoch": 4, "upda')
-    resumed = RunLog(tmp_path, (8, 2))
+    resumed = RunLog(tmp_path, (2, 0))
     resumed.header(**HEADER)
     assert records(log.path) == whole[:7]
     log_epochs(resumed, 3, 3)
@@ -111,18 +111,27 @@ def test_resume_cuts_later_lines_and_writes_no_second_header(tmp_path):
 def test_resume_between_the_last_batch_and_the_end_of_its_epoch_cuts_the_epoch_line(tmp_path):
     log = RunLog(tmp_path)
     log_epochs(log, 1, 2)
-    RunLog(tmp_path, (8, 1))
+    RunLog(tmp_path, (1, 4))
     assert kinds(log.path) == ["train", "train", "epoch", "train", "train"]
+
+
+def test_resume_inside_an_epoch_cuts_after_its_batch(tmp_path):
+    log = RunLog(tmp_path)
+    log_epochs(log, 1, 2)
+    RunLog(tmp_path, (1, 3))
+    assert [(record["type"], record["epoch"]) for record in records(log.path)] == [
+        ("train", 1), ("train", 1), ("epoch", 1), ("train", 2),
+    ]  # fmt: skip
 
 
 def test_time_goes_on_after_a_resume(tmp_path):
     path = write_run(tmp_path, epochs=4)
     before = records(path)[2]["elapsed"]
-    assert before <= RunLog(tmp_path, (120, 2)).elapsed < before + 5
+    assert before <= RunLog(tmp_path, (2, 0)).elapsed < before + 5
 
 
 def test_resume_without_a_log_starts_one(tmp_path):
-    log = RunLog(tmp_path, (8, 2))
+    log = RunLog(tmp_path, (2, 0))
     log.header(**HEADER)
     assert kinds(log.path) == ["header"]
 

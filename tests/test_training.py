@@ -86,6 +86,14 @@ def test_resume_with_another_rate_takes_it_from_there_on(train, train_flags, tmp
     assert rates == [0.02, 0.005, pytest.approx(0.0005)]
 
 
+def test_resume_with_another_batch_size_keeps_the_log(train, train_flags, tmp_path, capfd):
+    assert train(train_flags(epochs=2, lr_steps="")) == 0
+    assert train(train_flags(epochs=3, lr_steps="", batch_size=42, seed=3, resume=True)) == 0
+    lines = read_lines(tmp_path / "log" / "run")
+    assert [line["epoch"] for line in lines if line["type"] == "epoch"] == [1, 2, 3]
+    assert "changed since run-0002: --batch-size" in capfd.readouterr().err
+
+
 def test_resume_without_checkpoint_starts_from_scratch_and_says_so(train, train_flags, capfd):
     assert train(train_flags(epochs=1, lr_steps="", resume=True)) == 0
     assert "starting from scratch" in capfd.readouterr().err

@@ -43,10 +43,10 @@ class RunLog:
 
     Args:
         log_dir: folder for both files; made when missing.
-        resume: (updates, completed epochs) of the checkpoint that the run continues from. Lines of later
-            updates or epochs and a torn last line are cut, and the header stays. None starts afresh: the
-            files of an earlier run in the same folder are kept as `run-1.jsonl`, `train-1.log` (the next free
-            number).
+        resume: (completed epochs, batches after them) of the checkpoint that the run continues from. Lines of
+            later batches or epochs and a torn last line are cut, and the header stays. Updates do not tell what is
+            later: with another batch size an epoch has another number of them. None starts afresh: the files of
+            an earlier run in the same folder are kept as `run-1.jsonl`, `train-1.log` (the next free number).
 
     Raises:
         UsageError: the folder cannot be made or written to.
@@ -72,7 +72,7 @@ class RunLog:
             raise UsageError(f"cannot write logs in {self.folder}: {cause}; change --log-dir") from error
         self._started = time.monotonic()
         if resume is not None:
-            self.message(f"resumed after update {resume[0]}", echo=False)
+            self.message(f"resumed after epoch {resume[0]}, batch {resume[1]} of the next", echo=False)
 
     @property
     def elapsed(self) -> float:
@@ -191,7 +191,7 @@ class RunLog:
             if old.exists():
                 old.rename(self.folder / f"{stem}-{number}{suffix}")
 
-    def _cut_after(self, update: int, epoch: int) -> None:
+    def _cut_after(self, epoch: int, batch: int) -> None:
         if not self.path.exists():
             return
         content = self.path.read_bytes()
@@ -201,8 +201,10 @@ class RunLog:
                 if self._has_header:
                     continue
                 self._has_header = True
-            elif record.get("update", 0) > update or (record["type"] == "epoch" and record["epoch"] > epoch):
-                # The second case: a checkpoint taken after an epoch's last batch, before its validation.
+            elif record["type"] == "epoch" and record["epoch"] > epoch:
+                # Perhaps of the batch reached: a checkpoint may come after an epoch's last one, before its validation.
+                continue
+            elif record["type"] == "train" and (record["epoch"] - 1, number(record.get("batch"))) > (epoch, batch):
                 continue
             else:
                 self._elapsed_before = record.get("elapsed") or self._elapsed_before

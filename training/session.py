@@ -41,7 +41,7 @@ def open_log(args: argparse.Namespace, network, data: Data, start: Start, group:
     if not group.leads:
         return NoLog()
     done = start.position
-    resume = (done.epoch * data.train.steps_per_epoch + done.batch, done.epoch) if start.continued_from else None
+    resume = (done.epoch, done.batch) if start.continued_from else None
     log = RunLog(args.log_dir, resume)
     log.header(
         arguments=arguments(args), versions=versions(), network=network.name, engine=args.engine,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import glob
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from datetime import datetime
@@ -26,6 +27,12 @@ if TYPE_CHECKING:
 Shape = tuple
 # What a checkpoint holds of an optimizer, by the flag's value; sgd and nag keep the same array.
 SLOTS = {"sgd": {"momentum"}, "nag": {"momentum"}, "adam": {"mean", "variance"}}
+
+# Flags that may differ when a run is continued without changing what it computes, or that are spoken of elsewhere.
+FREE_FLAGS = {
+    "resume", "retrain", "model_load_epoch", "model_load_prefix", "model_prefix", "overwrite", "log_dir", "frequent",
+    "epochs", "lr", "lr_steps", "save_every", "keep", "data_threads", "data_dir", "max_restarts", "optimizer",
+}  # fmt: skip
 
 
 @dataclass
@@ -107,6 +114,7 @@ def _continue(args, checkpoint: Checkpoint, shapes, steps_per_epoch: int, messag
                 f"epoch has {steps_per_epoch}: continue with the same --batch-size and data, or from an epoch's end "
                 f"(--model-load-epoch {position.epoch} --retrain)"
             )
+        messages += _changed_flags(args, manifest, checkpoint.path.stem)
     if position.epoch >= args.epochs:
         raise UsageError(
             f"{checkpoint.path.stem} has completed {position.epoch} epochs and --epochs is {args.epochs}; raise it"
@@ -125,6 +133,17 @@ def _continue(args, checkpoint: Checkpoint, shapes, steps_per_epoch: int, messag
     messages.append(f"continuing from {checkpoint.path.stem}: epoch {position.epoch + 1}, batch {position.batch + 1}, "
                     f"rate {schedule.lr_at(update):g}")  # fmt: skip
     return Start(state, position, schedule, continued_from=checkpoint.path, messages=messages)
+
+
+def _changed_flags(args, manifest: dict, name: str) -> list[str]:
+    """A message that lists the flags by which a run goes on otherwise than it began; none when there are none."""
+    before, now = manifest.get("arguments", {}), json.loads(json.dumps(vars(args), default=str))
+    changed = [
+        f"--{key.replace('_', '-')} {before[key]} -> {value}"
+        for key, value in now.items()
+        if key in before and before[key] != value and key not in FREE_FLAGS
+    ]
+    return [f"changed since {name}: {', '.join(changed)}"] if changed else []
 
 
 def _finetune(args, checkpoint: Checkpoint, network: Network, steps_per_epoch: int) -> Start:
@@ -167,7 +186,10 @@ def _continued_schedule(args, steps_per_epoch: int, manifest: dict | None, updat
     --resume is the same command once more: there the --lr that the run began with is no new rate. With --retrain an
     explicit --lr always is one.
     """
-    saved = {"base_lr": DEFAULT_LR, "begin": 0} if manifest is None else manifest["schedule"]
+    saved = {"base_lr": DEFAULT_LR, "begin": 0} if manifest is None else dict(manifest["schedule"])
+    if saved["begin"]:
+        # In updates of the run that saved it; with another batch size an epoch has another number of them.
+        saved["begin"] = saved["begin"] * steps_per_epoch // manifest["steps_per_epoch"]
     if args.lr is not None and (args.retrain or args.lr not in (saved["base_lr"], _first_rate(manifest))):
         return _schedule(args, steps_per_epoch, args.lr, update)
     return _schedule(args, steps_per_epoch, saved["base_lr"], saved["begin"])
