@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import random
 import shutil
 import signal
@@ -10,6 +11,7 @@ import time
 import pytest
 
 from conftest import read_lines, start_training, without_times
+from engines.symbol_engine import SymbolEngine
 from training.checkpoint import find_latest
 
 KILLS = 20
@@ -79,6 +81,24 @@ def test_signal_finishes_the_batch_saves_and_exits(train_flags, tmp_path, number
     checkpoint, passed_over = find_latest(tmp_path / "model" / "run")
     assert not passed_over
     assert checkpoint.state.updates == trained_updates(log)
+
+
+def test_signal_ends_a_validation_which_a_resumed_run_repeats(train, train_flags, tmp_path, monkeypatch):
+    assert train(train_flags("straight", lr_steps="")) == 0
+    predict = SymbolEngine.predict
+
+    def predict_and_signal(engine, batch):
+        monkeypatch.setattr(SymbolEngine, "predict", predict)
+        os.kill(os.getpid(), signal.SIGTERM)
+        return predict(engine, batch)
+
+    monkeypatch.setattr(SymbolEngine, "predict", predict_and_signal)
+    assert train(train_flags("parts", lr_steps="")) == 128 + signal.SIGTERM
+    checkpoint, _ = find_latest(tmp_path / "model" / "parts")
+    assert (checkpoint.epoch, checkpoint.batch) == (0, 6)
+    assert train(train_flags("parts", lr_steps="", resume=True)) == 0
+    straight, parts = (without_times(read_lines(tmp_path / "log" / name)) for name in ("straight", "parts"))
+    assert straight == parts
 
 
 def test_second_run_of_a_prefix_is_refused(train, train_flags, tmp_path, capfd):

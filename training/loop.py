@@ -135,7 +135,10 @@ class Trainer:
             self._save_running(position)
             return
         rate, data_wait = window.figures(position.images, self.train_loader.wait_seconds)
-        validation = self._validate() if self.val_loader else None
+        validation = self._validate(stop) if self.val_loader else None
+        if stop.agreed:
+            self._save_running(position)
+            return
         train, position.epoch_sums = position.epoch_sums, Metrics()
         if not self.group.lockstep:
             train = self.group.sum_metrics(train)
@@ -218,13 +221,18 @@ class Trainer:
         position.window_sums = position.window_sums + own
         self._first_unread = position.batch + 1
 
-    def _validate(self) -> Metrics:
-        """Metrics of the validation set, of which every process takes its part."""
+    def _validate(self, stop: StopRequest) -> Metrics:
+        """Metrics of the validation set, of which every process takes its part; of less when a signal came."""
         own = Metrics()
-        for batch in self.val_loader.batches(0):
+        batches = self.val_loader.batches(0)
+        for batch in batches:
+            stop.share()
+            if stop.agreed:
+                break
             probabilities = self.engine.predict(batch)[: batch.valid]
             own = own + batch_metrics(probabilities, batch.labels[: batch.valid])
             self.heartbeat.beat()
+        batches.close()
         return self.group.sum_metrics(own)
 
     def _updates(self, position: Position) -> int:
