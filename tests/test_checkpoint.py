@@ -232,7 +232,7 @@ def test_damaged_manifest(prefix, content):
 def test_nothing_there(prefix):
     assert find_latest(prefix) == (None, [])
     assert find_latest(prefix.parent / "no directory" / "net") == (None, [])
-    with pytest.raises(DamagedCheckpointError, match=r"net-0003\.params: No such file"):
+    with pytest.raises(DamagedCheckpointError, match=r"net-0003\.params: there is none"):
         load_checkpoint(prefix, 3)
 
 

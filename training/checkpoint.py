@@ -45,6 +45,8 @@ BEST = "best"
 # Checkpoints in the middle of an epoch only bridge the time to its end; one more guards against a damaged
 # newest.
 KEPT_WITHIN_EPOCH = 2
+# A checkpoint of another network differs in hundreds of names; the first ones tell which one it is.
+SHOWN_DIFFERENCES = 6
 # Keys of the manifest that the functions here write; the caller's keys are all others.
 OWN_KEYS = ("format", "epoch", "batch", "updates", "sequence", "saved", "files")
 
@@ -118,6 +120,8 @@ class PrefixLock(ProcessLock):
     """
 
     def __init__(self, prefix: str | os.PathLike[str]) -> None:
+        if os.fspath(prefix).endswith(os.sep):
+            raise UsageError(f"{prefix} is a folder: the prefix needs the beginning of the files' names too")
         super().__init__(f"{os.fspath(prefix)}.lock")
         self.prefix = prefix
 
@@ -323,7 +327,12 @@ def load_checkpoint(prefix: str | os.PathLike[str], epoch: int, batch: int = 0) 
     read where a Module pickled them beside it. Raises DamagedCheckpointError (a UsageError) naming the file and
     the cause.
     """
-    return load_stem(checkpoint_stem(prefix, epoch, batch))
+    stem = checkpoint_stem(prefix, epoch, batch)
+    if not any(Path(f"{stem}.{extension}").exists() for extension in ("params", "json")):
+        found = sorted({entry.epoch for entry in _entries(prefix) if not entry.batch and not entry.is_best})
+        there = f"there are epochs {', '.join(map(str, found))}" if found else f"there is none under {prefix}"
+        raise DamagedCheckpointError(f"no checkpoint {stem}.params: {there}")
+    return load_stem(stem)
 
 
 def load_best(prefix: str | os.PathLike[str]) -> Checkpoint:
@@ -413,13 +422,15 @@ def param_differences(expected: Mapping[str, Sequence[int]], params: Mapping[str
 
 
 def check_params(expected: Mapping[str, Sequence[int]], params: Mapping[str, np.ndarray], source: object) -> None:
-    """Raise one UsageError that lists all `param_differences`; `source` is what the message calls the file.
+    """Raise one UsageError that lists `param_differences`; `source` is what the message calls the file.
 
     expected: "arg:NAME" and "aux:NAME" -> shape. params: the same names -> array.
     """
     differences = param_differences(expected, params)
     if differences:
-        raise UsageError(f"{source} does not fit the network: {'; '.join(differences)}")
+        more = len(differences) - SHOWN_DIFFERENCES
+        shown = "; ".join(differences[:SHOWN_DIFFERENCES]) + (f"; and {more} more" if more > 0 else "")
+        raise UsageError(f"{source} does not fit the network: {shown}; give the flags of the network it was saved from")
 
 
 def _entries(prefix: str | os.PathLike[str]) -> list[Entry]:
