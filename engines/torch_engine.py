@@ -16,6 +16,7 @@ from engines.group import Group
 from engines.torch_group import peers_watched, synchronize_batch_norms
 from engines.torch_optimizers import Optimizer
 from errors import UsageError
+from graph.memory import keep_freed_memory
 from graph.recompute import RecomputedGraph
 from graph.symbol_json import parse
 from graph.to_torch import load_params, named_tensors, names_of, read_params, to_torch
@@ -148,6 +149,7 @@ class TorchEngine:
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
     def close(self) -> None:
+        self._train_forward = self._module  # DistributedDataParallel must not outlive the process group
         if self._device.type == "cuda":
             torch.cuda.synchronize(self._device)
 
@@ -251,6 +253,8 @@ def _prepare_device(device: str, threads: int | None, tf32: bool) -> torch.devic
         torch.backends.cuda.matmul.allow_tf32 = tf32
         torch.backends.cudnn.allow_tf32 = tf32
         torch.backends.cudnn.benchmark = True
+    else:
+        keep_freed_memory()
     if threads is not None:
         torch.set_num_threads(threads)
     return chosen

@@ -62,6 +62,8 @@ class TorchGroup(Group):
     def close(self, failed: bool = False) -> None:
         if failed and torch.cuda.is_initialized():
             return  # destroying a communicator waits for its peers; the process ends at once instead
+        if not failed:
+            dist.barrier()
         dist.destroy_process_group()
 
 
