@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from typing import NoReturn
 
 
 class HelpFormatter(argparse.HelpFormatter):
@@ -19,3 +20,10 @@ class HelpFormatter(argparse.HelpFormatter):
             separator = "," if action.nargs is None else " "
             return f"{action.help} (default: {separator.join(map(str, default))})"
         return f"{action.help} (default: %(default)s)"
+
+
+class Parser(argparse.ArgumentParser):
+    """An argparse parser that answers a mistake with one line, as all other mistakes are answered; status 2."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"error: {message}; {self.prog} --help lists what there is\n")

@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from command_line import HelpFormatter
+from command_line import HelpFormatter, Parser
 from errors import ProjectError, UsageError, run_command
 
 if TYPE_CHECKING:
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 def build_parser() -> argparse.ArgumentParser:
     """The command's flags."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         description="Compare runs by epochs, by images seen and by wall-clock time; runs that differ only "
         "in their seed are shown as mean and range. Writes report.html (self-contained), table.md, table.csv "
         "and the curves as .svg and .png.",

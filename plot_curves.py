@@ -5,13 +5,13 @@ from __future__ import annotations
 import argparse
 import sys
 
-from command_line import HelpFormatter
+from command_line import HelpFormatter, Parser
 from errors import run_command
 
 
 def build_parser() -> argparse.ArgumentParser:
     """The command's flags."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         description="Draw training and validation top-1 error, top-5 error and loss of several runs.",
         formatter_class=HelpFormatter,
     )

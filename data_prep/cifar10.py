@@ -5,7 +5,6 @@ Pictures are PNGs of 32 x 32 pixels. A record's key and id are the picture's pla
 
 from __future__ import annotations
 
-import argparse
 import io
 import pickle
 import tarfile
@@ -15,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
-from command_line import HelpFormatter
+from command_line import HelpFormatter, Parser
 from data_prep.lists import CLASSES_FILE, write_classes
 from data_prep.png import encode_png
 from data_prep.progress import progress
@@ -121,7 +120,7 @@ def build(source: Path, output: Path, workers: int) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     """The command `cifar10`."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         "python -m data_prep cifar10", description=__doc__.split("\n\n")[0],
         formatter_class=HelpFormatter,
     )  # fmt: skip

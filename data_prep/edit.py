@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 
 import atomic_file
-from command_line import HelpFormatter
+from command_line import HelpFormatter, Parser
 from data_prep.lists import CLASSES_FILE, LIST_SUFFIX, SHUFFLE_SEED, Entry, format_item
 from data_prep.progress import progress
 from data_prep.recordio import RecordFile, RecordWriter
@@ -115,7 +115,7 @@ def _class_folder(label: float, names: list[str]) -> str:
 
 
 def _parser(command: str, description: str) -> argparse.ArgumentParser:
-    return argparse.ArgumentParser(
+    return Parser(
         f"python -m data_prep {command}", description=description,
         formatter_class=HelpFormatter,
     )  # fmt: skip

@@ -8,7 +8,6 @@ PNGs of 28 x 28 pixels.
 
 from __future__ import annotations
 
-import argparse
 import gzip
 import hashlib
 import struct
@@ -20,7 +19,7 @@ from pathlib import Path
 import numpy as np
 
 import atomic_file
-from command_line import HelpFormatter
+from command_line import HelpFormatter, Parser
 from data_prep.lists import CLASSES_FILE
 from data_prep.png import encode_png
 from data_prep.progress import progress
@@ -141,7 +140,7 @@ def build(output: Path, source: Path | None = None, demo: bool = False) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     """The command `fashion-mnist`."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         "python -m data_prep fashion-mnist", description=__doc__.split("\n\n")[0],
         formatter_class=HelpFormatter,
     )  # fmt: skip

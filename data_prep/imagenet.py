@@ -10,7 +10,7 @@ import argparse
 from collections.abc import Iterable, Iterator
 from pathlib import Path, PurePosixPath
 
-from command_line import HelpFormatter
+from command_line import HelpFormatter, Parser
 from data_prep.archives import TAR_SUFFIX, tar_members
 from data_prep.im2rec import add_pack_args, pack_lists
 from data_prep.lists import (
@@ -153,7 +153,7 @@ def val_entries(source: Path, synsets: list[str], val_list: Path | None) -> Iter
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         "python -m data_prep imagenet", description=__doc__.split("\n\n")[0],
         formatter_class=HelpFormatter,
     )  # fmt: skip

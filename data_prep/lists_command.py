@@ -5,13 +5,13 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from command_line import HelpFormatter
+from command_line import HelpFormatter, Parser
 from data_prep.im2rec import add_list_args, add_pack_args, make_lists, pack_lists
 from data_prep.lists import file_entries, folder_entries, read_classes
 
 
 def _parser(command: str, description: str) -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         f"python -m data_prep {command}", description=description,
         formatter_class=HelpFormatter,
     )  # fmt: skip

@@ -11,7 +11,7 @@ import cv2
 import numpy as np
 
 import atomic_file
-from command_line import HelpFormatter
+from command_line import HelpFormatter, Parser
 from data_prep.decode import DecodeError, decode_image
 from data_prep.recordio import RecordError, RecordFile
 from data_prep.verify import classes_beside
@@ -94,7 +94,7 @@ def build_parser() -> argparse.ArgumentParser:
     # The one place where this room looks into training/, and only for what the user asked to see.
     from training.augment_options import add_augment_args
 
-    parser = argparse.ArgumentParser("python -m data_prep show", description=__doc__, formatter_class=HelpFormatter)
+    parser = Parser("python -m data_prep show", description=__doc__, formatter_class=HelpFormatter)
     parser.add_argument("file", type=Path, help="the .rec file")
     parser.add_argument("-o", "--output", type=Path, default=Path("grid.png"), help="the picture to write")
     parser.add_argument("--grid", default="8x8", help="rows x columns")

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import argparse
 import functools
 import json
 from pathlib import Path
 
 import numpy as np
 
-from command_line import HelpFormatter
+from command_line import HelpFormatter, Parser
 from data_prep import progress
 from data_prep.recordio import RecordError, RecordFile
 from data_prep.workers import chunked, default_workers, ordered_map
@@ -64,7 +63,7 @@ def channel_stats(path: Path, workers: int) -> tuple[np.ndarray, np.ndarray, int
 
 def main(argv: list[str] | None = None) -> int:
     """The command `stats`."""
-    parser = argparse.ArgumentParser("python -m data_prep stats", description=__doc__, formatter_class=HelpFormatter)
+    parser = Parser("python -m data_prep stats", description=__doc__, formatter_class=HelpFormatter)
     parser.add_argument("file", type=Path, help="the .rec file")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     parser.add_argument("--num-thread", type=int, default=default_workers(), help="worker processes")

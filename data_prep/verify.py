@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import functools
 import math
 import sys
@@ -13,7 +12,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import atomic_file
-from command_line import HelpFormatter
+from command_line import HelpFormatter, Parser
 from data_prep import progress
 from data_prep.lists import CLASSES_FILE, read_classes
 from data_prep.recordio import (
@@ -218,7 +217,7 @@ def classes_beside(path: Path, given: Path | None = None) -> list[str]:
 
 def main(argv: list[str] | None = None) -> int:
     """The command `verify`."""
-    parser = argparse.ArgumentParser("python -m data_prep verify", description=__doc__, formatter_class=HelpFormatter)
+    parser = Parser("python -m data_prep verify", description=__doc__, formatter_class=HelpFormatter)
     parser.add_argument("file", type=Path, help="the .rec file")
     parser.add_argument("--num-classes", type=int, help=f"labels must be below this; unset: lines of {CLASSES_FILE}")
     parser.add_argument("--fix-index", action="store_true", help="write the .idx anew when it is wrong")

@@ -6,6 +6,7 @@ import argparse
 import sys
 
 from architectures import NETWORKS, network_options
+from command_line import Parser
 from errors import UsageError, run_command
 from network_args import add_network_option_args, given_options
 
@@ -30,7 +31,7 @@ def add_network_args(command: argparse.ArgumentParser) -> argparse._ArgumentGrou
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m gluon", allow_abbrev=False)
+    parser = Parser(prog="python -m gluon", allow_abbrev=False)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     export_command = commands.add_parser(
         "export",

@@ -10,6 +10,7 @@ import logging
 import warnings
 
 from atomic_file import AtomicFile
+from command_line import Parser
 from errors import ProjectError
 from graph.checkpoint_args import add_checkpoint_args
 
@@ -41,7 +42,7 @@ def main(argv: list[str]) -> int:
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m graph export-onnx",
         description="Write a trained network as ONNX: images `data` (any number, 3, H, W; raw 0-255) to `logits`. The "
         "file appears once onnxruntime has computed the graph's logits with it.",

@@ -6,6 +6,7 @@ import argparse
 import io
 
 from atomic_file import AtomicFile
+from command_line import Parser
 from errors import ProjectError
 from graph.checkpoint_args import add_checkpoint_args
 
@@ -36,7 +37,7 @@ def main(argv: list[str]) -> int:
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m graph export-torch",
         description="Write a trained network as a torch.export program, from images `data` (any number, 3, H, W; raw "
         "0-255) to logits: torch.export.load(FILE).module()(images).",

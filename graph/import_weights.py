@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 
 from atomic_file import AtomicFile
-from command_line import HelpFormatter
+from command_line import HelpFormatter, Parser
 from errors import ProjectError, UsageError
 from graph.params_file import write_arrays
 from graph.shapes import parameter_shapes
@@ -211,7 +211,7 @@ def three_numbers(text: str) -> tuple[float, float, float]:
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m graph import-weights",
         description="Convert published weights (GluonCV, timm, Cadene) into the parameters of one of our graphs, with "
         "a report of every tensor. Networks that differ are refused, the difference named.",

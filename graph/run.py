@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
+from command_line import Parser
 from errors import UsageError
 from graph.checkpoint_args import add_checkpoint_args
 
@@ -40,7 +41,7 @@ def main(argv: list[str]) -> int:
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m graph run",
         description=f"Print the {TOP} most probable classes of every picture, prepared as validation images are.",
         allow_abbrev=False,

@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 from architectures import NETWORKS, network_options
-from command_line import HelpFormatter
+from command_line import HelpFormatter, Parser
 from errors import ProjectError, UsageError, run_command
 from network_args import add_network_option_args, given_options
 
@@ -19,7 +19,7 @@ DOT_MISSING = (
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m symbols", allow_abbrev=False)
+    parser = Parser(prog="python -m symbols", allow_abbrev=False)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
     def add(name: str, run, text: str, output: str | None = None) -> None:

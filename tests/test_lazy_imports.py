@@ -11,8 +11,8 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 ROOMS = ("symbols", "gluon", "graph", "engines", "data_prep", "training")
-# Takes no options: it is one fixed job.
-WITHOUT_OPTIONS = {"demo.py"}
+# Take no options: one fixed job, and what training.launch starts.
+WITHOUT_OPTIONS = {"demo.py", "engines/kv_server.py", "training/launch_processes.py"}
 HEAVY = ("cv2", "gluoncv", "matplotlib", "mxnet", "onnx", "onnxruntime", "pandas", "scipy", "torch")
 
 ASK_FOR_HELP = """

@@ -32,6 +32,9 @@ FLAG_MISTAKES = [
     ({"batch_size": 2, "cpus": 4}, ["smaller than the number of devices"]),
     ({"gpus": "0", "cpus": 1}, ["exclude each other"]),
     ({"retrain": True}, ["--model-load-epoch"]),
+    ({"model_load_prefix": "other"}, ["--model-load-epoch"]),
+    ({"model_prefix": "folder/"}, ["folder/ is a folder"]),
+    ({"model_load_epoch": 7, "retrain": True}, ["there is none under"]),
     ({"resume": True, "model_load_epoch": 3}, ["--resume"]),
     ({"lr_steps": "3,9"}, ["never comes"]),
     ({"num_examples": 85}, ["holds 84 images"]),
@@ -56,7 +59,9 @@ def test_flags_that_cannot_work(train, train_flags, capfd, tmp_path, changes, fr
 )  # fmt: skip
 def test_argparse_refuses(train, train_flags, capfd, flags):
     assert train([*train_flags(), *flags]) == 2
-    assert "error:" in capfd.readouterr().err
+    lines = capfd.readouterr().err.splitlines()
+    assert len(lines) == 1
+    assert lines[0].startswith("error: ")
 
 
 def test_gpu_that_mxnet_cannot_see_names_the_way_out(train, train_flags, capfd):

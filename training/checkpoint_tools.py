@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 
 from atomic_file import AtomicFiles
-from command_line import HelpFormatter
+from command_line import HelpFormatter, Parser
 from engines.base import TrainState
 from errors import ProjectError, UsageError
 from graph.params_file import BFLOAT16, bfloat16_to_float32, write_arrays_to
@@ -42,7 +42,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     defaults = HelpFormatter
-    parser = argparse.ArgumentParser(prog="python -m training.checkpoint", description=__doc__.split("\n\n")[0])
+    parser = Parser(prog="python -m training.checkpoint", description=__doc__.split("\n\n")[0])
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
 
     show = commands.add_parser("show", help="list the checkpoints of a prefix", formatter_class=defaults)
@@ -61,7 +61,7 @@ def _parser() -> argparse.ArgumentParser:
         "convert", help="write a checkpoint's parameters with names changed or left out", formatter_class=defaults
     )
     convert.add_argument("source", help="a checkpoint: any of its files, or its path without extension")
-    convert.add_argument("target", help="path of the new one, without extension: for example finetune-0000")
+    convert.add_argument("target", help="path of the new one, without extension: for example finetune-0001")
     names = convert.add_argument_group("names (without the arg: and aux: before them)")
     names.add_argument(
         "--strip", action="append", default=[], metavar="GLOB", help="leave these out, for example 'fc1_*'; repeatable"

@@ -19,7 +19,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from command_line import HelpFormatter
+from command_line import HelpFormatter, Parser
 from errors import UsageError, run_command
 from training.heartbeat import HEARTBEAT_VARIABLE, RESTARTS_VARIABLES, STARTED_VARIABLE, WORKER_VARIABLE
 from training.launch_processes import SIGNAL_EXIT_BASE, STOP_STATUSES, Member, how_it_ended, python_of
@@ -38,7 +38,7 @@ PASSED_ON = ("DMLC_", "PS_", "MXNET_", "OMP_", "DNNL_", "NCCL_", "CUDA_")
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m training.launch",
         description=__doc__.split("\n")[0],
         formatter_class=HelpFormatter,

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from architectures import NETWORKS, option_names
-from command_line import HelpFormatter
+from command_line import HelpFormatter, Parser
 from errors import UsageError
 from training.augment_options import add_augment_args
 from training.heartbeat import in_torch_job
@@ -274,7 +274,7 @@ def add_log_args(parser: argparse.ArgumentParser) -> None:
 def build_parser(data_type: str = "imagenet") -> argparse.ArgumentParser:
     """The parser with the defaults of the preset `data_type`."""
     preset = PRESETS[data_type]
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="train_se_resnext.py",
         description="Train a Squeeze-and-Excitation network from RecordIO files. Defaults follow --data-type; "
         f"those shown are for {data_type}.",
@@ -294,7 +294,7 @@ def build_parser(data_type: str = "imagenet") -> argparse.ArgumentParser:
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     """Parse and check the flags; wrong ones end the process with status 2 (argparse) or raise UsageError."""
-    chooser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    chooser = Parser(add_help=False, allow_abbrev=False)
     chooser.add_argument("--data-type", choices=sorted(PRESETS), default="imagenet")
     data_type = chooser.parse_known_args(argv)[0].data_type
     args = build_parser(data_type).parse_args(argv)
@@ -318,15 +318,14 @@ def check_args(args: argparse.Namespace, preset: Preset) -> None:
             raise UsageError(f"{flag} needs PyTorch: take --engine torch, or leave it out")
     if args.gpus is not None and args.cpus is not None:
         raise UsageError("--gpus and --cpus exclude each other; leave one out")
+    if args.model_load_prefix is not None and not args.model_load_epoch:
+        raise UsageError("--model-load-prefix says where --model-load-epoch N is; add it, N from 1")
     if args.retrain and not args.model_load_epoch:
         raise UsageError("--retrain needs --model-load-epoch N; to continue from the newest checkpoint use --resume")
     if args.resume and args.model_load_epoch:
         raise UsageError("--resume finds the newest checkpoint itself; leave out --model-load-epoch, or use --retrain")
     check_network_flags(args, preset)
     check_devices(args)
-    devices = len(args.gpus) if args.gpus else args.cpus or 1
-    if args.batch_size < devices:
-        raise UsageError(f"--batch-size {args.batch_size} is smaller than the number of devices ({devices})")
     late = [step for step in args.lr_steps if step >= args.epochs]
     if late and args.lr_steps != preset.lr_steps:
         raise UsageError(
@@ -360,6 +359,8 @@ def check_network_flags(args: argparse.Namespace, preset: Preset) -> None:
 def check_devices(args: argparse.Namespace) -> None:
     """Refuse what --kv-store or the launcher of this process cannot do."""
     store, devices = args.kv_store, len(args.gpus) if args.gpus else args.cpus or 1
+    if args.batch_size < devices:
+        raise UsageError(f"--batch-size {args.batch_size} is smaller than the number of devices ({devices}); raise it")
     if args.batch_size < devices * args.accumulate:
         raise UsageError(
             f"--batch-size {args.batch_size} is smaller than devices times micro-batches "
