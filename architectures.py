@@ -5,7 +5,8 @@ same rows, and a command can check its options before it imports anything heavy.
 
 Sources: depths and filters of the residual networks are those of He et al. (arXiv 1603.05027) and Xie et al.
 (arXiv 1611.05431); the Inception blocks those of Szegedy et al. (arXiv 1602.07261) with the stem and the widths of the
-SENet.mxnet graphs, whose parameter names these tables reproduce; the SE ratio of 1/16 is that of Hu et al. (arXiv 1709.01507).
+SENet.mxnet graphs, whose parameter names these tables reproduce; the SE ratio of 1/16 is that of Hu et al.
+(arXiv 1709.01507).
 """
 
 from __future__ import annotations
@@ -107,7 +108,7 @@ def residual_table(depth: int, stem: str) -> Residual:
 
 
 class Conv(NamedTuple):
-    """A convolution with bias; `same` pads to the input's size at stride 1; `relu` follows unless a BatchNorm comes later."""
+    """Convolution with bias; `same` pads to the input's size at stride 1; `relu` follows unless BatchNorm does later."""
 
     name: str
     filters: int
@@ -158,7 +159,7 @@ InceptionRow = Union[Conv, Pool, Concat, Fork, AddInput, Norm]
 
 
 class Stage(NamedTuple):
-    """`repeats` equal blocks, each followed by an SE block over `channels` when `se`; a single block is not numbered."""
+    """`repeats` equal blocks, each followed by an SE block over `channels` when `se`; a single one is not numbered."""
 
     name: str
     block: tuple[InceptionRow, ...]
@@ -186,9 +187,7 @@ _STEM = Stage(
         Conv("conv", 32, (3, 3), stride=2, same=False),
         Conv("stem_conv", 32, (3, 3), same=False),
         Conv("stem_conv_1", 64, (3, 3)),
-        Concat(
-            "concat_1", ((Pool("pool1", "max"),), (Conv("stem_1_conv_1", 96, (3, 3), stride=2, same=False),))
-        ),
+        Concat("concat_1", ((Pool("pool1", "max"),), (Conv("stem_1_conv_1", 96, (3, 3), stride=2, same=False),))),
         Concat(
             "concat_2",
             (
@@ -464,9 +463,7 @@ def network_options(network: str, **options: object) -> NetworkOptions:
         raise OptionError(f"{network} has no option {_listed(unknown)}; it has {_listed(names)}")
     result = NETWORKS[network](**options)
     if result.data_type not in DATA_TYPES:
-        raise OptionError(
-            f"data_type {result.data_type!r} does not exist; choose one of {_listed(DATA_TYPES)}"
-        )
+        raise OptionError(f"data_type {result.data_type!r} does not exist; choose one of {_listed(DATA_TYPES)}")
     data_type = DATA_TYPES[result.data_type]
     if result.num_classes is None:
         _require(data_type.num_classes is not None, f"data_type {result.data_type} needs num_classes")
