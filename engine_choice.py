@@ -8,6 +8,7 @@ import sys
 
 from engines.group import Group
 from errors import UsageError
+from mxnet_settings import recommended_environment
 from networks import Network
 from training.heartbeat import in_torch_job
 from training.options import ASYNC_STORE, DIST_STORES, ZOO_PREFIX, network_flags, torch_flags
@@ -59,6 +60,8 @@ def prepare_process(args: argparse.Namespace) -> None:
     """Environment variables that must be set before MXNet is imported; what the user has set stays."""
     # MXNet announces every bind on stderr, in the middle of the progress bar.
     os.environ.setdefault("MXNET_SUBGRAPH_VERBOSE", "0")
+    for name, value in recommended_environment(args.cpus or 1).items():
+        os.environ.setdefault(name, value)
     if args.memonger:
         os.environ["MXNET_BACKWARD_DO_MIRROR"] = "1"
     if args.kv_store in DIST_STORES:

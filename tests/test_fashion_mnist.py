@@ -124,9 +124,7 @@ def test_bad_sources_are_named(source, tmp_path, damage, message):
         fashion_mnist.main(["--source", str(tmp_path / "nowhere")])
 
 
-@pytest.mark.parametrize(
-    "data", [b"", b"\0\0\x08", b"\0\0\x09\x01\0\0\0\x01x", b"\0\0\x08\x02\0\0\0\x02\0\0\0\x02abc"]
-)
+@pytest.mark.parametrize("data", [b"", b"\0\0\x08", b"\0\0\x09\x01\0\0\0\x01x", b"\0\0\x08\x02\0\0\0\x02\0\0\0\x02abc"])
 def test_files_that_are_no_idx_are_refused(data):
     with pytest.raises(UsageError, match="name: "):
         fashion_mnist.read_idx(data, "name")

@@ -35,9 +35,7 @@ def test_same_distribution_as_mxnet():
     from mxnet_compat import mx
 
     reference = mx.nd.zeros(ARGUMENTS["conv_weight"])
-    mx.init.Xavier(rnd_type="gaussian", factor_type="in", magnitude=2)(
-        mx.init.InitDesc("conv_weight"), reference
-    )
+    mx.init.Xavier(rnd_type="gaussian", factor_type="in", magnitude=2)(mx.init.InitDesc("conv_weight"), reference)
     ours = initial_params(ARGUMENTS, AUX, seed=1).params["arg:conv_weight"]
     assert ours.std() == pytest.approx(float(reference.asnumpy().std()), rel=0.02)
 

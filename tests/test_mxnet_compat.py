@@ -73,9 +73,7 @@ def test_mxnet_imports_and_computes_silently():
 
 
 def test_numpy_bool_is_the_builtin_as_before_1_24():
-    process = import_compat(
-        then="import numpy as np; print(np.bool is bool, mxnet_compat.mx.np.bool is bool)"
-    )
+    process = import_compat(then="import numpy as np; print(np.bool is bool, mxnet_compat.mx.np.bool is bool)")
     assert process.stdout.strip() == "True True", process.stderr
 
 
@@ -205,9 +203,7 @@ def test_library_that_mxnet_needs_is_missing(tmp_path, soname, words):
 @needs_compiler
 def test_cuda_libraries_are_taken_from_the_wheels(tmp_path):
     """Two wheels, one needing the other, and no LD_LIBRARY_PATH: the missing driver is what remains."""
-    library = compile_library(
-        tmp_path / "libmxnet.so", needs=("libcudnn.so.8", "libcublas.so.11", "libcuda.so.1")
-    )
+    library = compile_library(tmp_path / "libmxnet.so", needs=("libcudnn.so.8", "libcublas.so.11", "libcuda.so.1"))
     site = tmp_path / "site"
     compile_library(site / "nvidia" / "cudnn" / "lib" / "libcudnn.so.8", needs=("libcublas.so.11",))
     compile_library(site / "nvidia" / "cublas" / "lib" / "libcublas.so.11")
@@ -218,9 +214,7 @@ def test_cuda_libraries_are_taken_from_the_wheels(tmp_path):
 def test_library_that_is_damaged(tmp_path):
     library = tmp_path / "libmxnet.so"
     library.write_bytes(b"not a library")
-    assert f"MXNet's library {library} does not load" in one_line(
-        import_compat(MXNET_LIBRARY_PATH=str(library))
-    )
+    assert f"MXNet's library {library} does not load" in one_line(import_compat(MXNET_LIBRARY_PATH=str(library)))
 
 
 # ---------------------------------------------------------------------------- GPUs

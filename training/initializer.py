@@ -107,11 +107,6 @@ def initial_params(
     `Symbol.attr_dict`). Raises ProjectError for a parameter that neither declaration nor suffix decides.
     """
     declared = declared or {}
-    params = {
-        f"arg:{name}": initial_array(name, shape, seed, declared.get(name))
-        for name, shape in arguments.items()
-    }
-    params.update(
-        {f"aux:{name}": initial_array(name, shape, seed, declared.get(name)) for name, shape in aux.items()}
-    )
+    params = {f"arg:{name}": initial_array(name, shape, seed, declared.get(name)) for name, shape in arguments.items()}
+    params.update({f"aux:{name}": initial_array(name, shape, seed, declared.get(name)) for name, shape in aux.items()})
     return TrainState(params=params)
