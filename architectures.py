@@ -108,7 +108,7 @@ def residual_table(depth: int, stem: str) -> Residual:
 
 
 class Conv(NamedTuple):
-    """Convolution with bias; `same` pads to the input's size at stride 1; `relu` follows unless BatchNorm does later."""
+    """Convolution with bias; `same` keeps the size at stride 1; `relu` follows unless a BatchNorm comes later."""
 
     name: str
     filters: int

@@ -2,7 +2,8 @@
 
 MXNet computes with half of the processors unless OMP_NUM_THREADS says otherwise, also where no two of them share a
 core. With the operators of `graph.cpu_training` nothing else is worth setting: oneDNN limited to AVX2, which cures the
-layout problem of grouped convolutions too, costs the convolutions more than it gains, and passive waiting, larger bulks of operators and another malloc made no difference.
+layout problem of grouped convolutions too, costs the convolutions more than it gains, and passive waiting, larger bulks
+of operators and another malloc made no difference.
 """
 
 from __future__ import annotations
