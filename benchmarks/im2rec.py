@@ -71,8 +71,10 @@ def command(contender: str, folder: Path, workers: int, options: list[str]) -> l
     return [sys.executable, *start, *arguments]
 
 
-def run(arguments: list[str]) -> float:
-    """Seconds that a command takes from start to end."""
+def run(arguments: list[str], folder: Path) -> float:
+    """Seconds that a command takes from start to end; what an earlier one packed in `folder` is deleted before."""
+    for path in folder.glob("*.rec"):
+        path.unlink()
     start = time.perf_counter()
     subprocess.run(arguments, cwd=ROOT, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     return time.perf_counter() - start
@@ -129,7 +131,7 @@ def measure_resize(folder: Path, args: argparse.Namespace) -> dict[str, object]:
     for number in range(args.rounds):
         order = list(rates) if number % 2 else list(rates)[::-1]
         for contender in order:
-            seconds = run(command(contender, folder, args.workers, ["--resize", str(RESIZE)]))
+            seconds = run(command(contender, folder, args.workers, ["--resize", str(RESIZE)]), folder)
             rates[contender].append(args.images / seconds)
         print(f"round {number + 1}: " + ", ".join(f"{name} {rates[name][-1]:.0f}/s" for name in rates), flush=True)
     ratios = [ours / theirs for ours, theirs in zip(rates["ours"], rates["mxnet"])]
@@ -143,8 +145,8 @@ def measure_pass_through(folder: Path, args: argparse.Namespace, kilobytes: floa
     rates: dict[str, list[float]] = {name: [] for name in (*kinds, "mxnet", "copy")}
     for _ in range(args.rounds):
         for name, options in kinds.items():
-            rates[name].append(whole / run(command("ours", folder, args.workers, options)))
-        rates["mxnet"].append(whole / run(command("mxnet", folder, args.workers, ["--pass-through"])))
+            rates[name].append(whole / run(command("ours", folder, args.workers, options), folder))
+        rates["mxnet"].append(whole / run(command("mxnet", folder, args.workers, ["--pass-through"]), folder))
         rates["copy"].append(whole / copy(folder, args.images))
     return rates
 

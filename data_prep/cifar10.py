@@ -80,7 +80,9 @@ def read_files(source: Path) -> Iterator[tuple[str, bytes]]:
     except FileNotFoundError:
         raise UsageError(f"{source}: no such file") from None
     except (OSError, EOFError, zlib.error, tarfile.TarError) as error:
-        raise UsageError(f"{source}: cannot be read: {error}") from None
+        # Of an unknown compression the message lists all that were tried, a line each.
+        cause = str(error).partition(":\n")[0]
+        raise UsageError(f"{source}: cannot be read: {cause}; is it the archive?") from None
 
 
 def read_batches(source: Path) -> dict[str, tuple[np.ndarray, np.ndarray]]:

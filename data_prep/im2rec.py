@@ -79,10 +79,12 @@ def conversion_of(args: argparse.Namespace) -> Conversion:
 def pack_lists(lists: list[Path], root: Path, args: argparse.Namespace, all_labels: bool = True) -> int:
     """Pack every list beside itself and print a summary; returns the exit status."""
     conversion = conversion_of(args)
-    start_early(args.num_thread)
+    # Handing bytes to a worker and back costs more than following markers: one process keeps up with fast disks.
+    workers = 1 if conversion.pass_through and conversion.check == MARKERS else args.num_thread
+    start_early(workers)
     from data_prep.packing import pack_list, report
 
-    options = {"all_labels": all_labels, "workers": args.num_thread, "resume": args.resume}
+    options = {"all_labels": all_labels, "workers": workers, "resume": args.resume}
     return report([pack_list(path, root, conversion, **options) for path in lists], args.allow_rejects)
 
 

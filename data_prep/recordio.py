@@ -208,6 +208,10 @@ def _next_record(source: _Bytes, offset: int) -> int:
     return source.size
 
 
+# What to do about a wrong index.
+_REBUILD = "; python -m data_prep verify PACK --fix-index writes it anew"
+
+
 def read_index(path: str | os.PathLike, pack_bytes: int) -> tuple[np.ndarray, np.ndarray]:
     """(keys, offsets), int64, of an index in its own order, for a pack of `pack_bytes` bytes.
 
@@ -229,14 +233,14 @@ def read_index(path: str | os.PathLike, pack_bytes: int) -> tuple[np.ndarray, np
             entries[number] = int(key), int(offset)
         except (ValueError, OverflowError):
             shown = line[:60].decode(errors="replace")
-            raise RecordError(f"{path}, line {number + 1}: expected `key TAB offset`, found {shown!r}") from None
+            raise RecordError(f"{path}, line {number + 1}: expected `key TAB offset`, found {shown!r}{_REBUILD}") from None
     keys, offsets = entries[:, 0].copy(), entries[:, 1].copy()
     bad = np.flatnonzero((offsets < 0) | (offsets > pack_bytes - _FRAME.size) | (offsets % 4 != 0))
     if len(bad):
         offset = offsets[bad[0]]
         outside = not 0 <= offset <= pack_bytes - _FRAME.size
         cause = f"outside the pack ({pack_bytes} bytes; truncated?)" if outside else "no multiple of 4"
-        raise RecordError(f"{path}, line {bad[0] + 1}: offset {offset} is {cause}")
+        raise RecordError(f"{path}, line {bad[0] + 1}: offset {offset} is {cause}{_REBUILD}")
     return keys, offsets
 
 
