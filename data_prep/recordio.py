@@ -233,7 +233,9 @@ def read_index(path: str | os.PathLike, pack_bytes: int) -> tuple[np.ndarray, np
             entries[number] = int(key), int(offset)
         except (ValueError, OverflowError):
             shown = line[:60].decode(errors="replace")
-            raise RecordError(f"{path}, line {number + 1}: expected `key TAB offset`, found {shown!r}{_REBUILD}") from None
+            raise RecordError(
+                f"{path}, line {number + 1}: expected `key TAB offset`, found {shown!r}{_REBUILD}"
+            ) from None
     keys, offsets = entries[:, 0].copy(), entries[:, 1].copy()
     bad = np.flatnonzero((offsets < 0) | (offsets > pack_bytes - _FRAME.size) | (offsets % 4 != 0))
     if len(bad):
