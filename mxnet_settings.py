@@ -1,9 +1,8 @@
 """Environment variables that make MXNet fast on CPUs; they must be set before MXNet is imported, so nothing here does.
 
 MXNet computes with half of the processors unless OMP_NUM_THREADS says otherwise, also where no two of them share a
-core. With the operators of `graph.cpu_training` nothing else is worth setting: oneDNN limited to AVX2, which cures the
-layout problem of grouped convolutions too, costs the convolutions more than it gains, and passive waiting, larger bulks
-of operators and another malloc made no difference.
+core. Limiting oneDNN to AVX2 would cure the layouts of grouped convolutions too, but `graph.cpu_training` does so in
+the graph, and the convolutions keep the faster instructions.
 """
 
 from __future__ import annotations
