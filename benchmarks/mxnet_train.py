@@ -165,13 +165,14 @@ def write(rows: list[dict], machine: str, path: Path) -> None:
         "",
         "Original: the original's operators and MXNet's defaults. Ours: the same graph rewritten by "
         "`graph/cpu_training.py`, and `mxnet_settings.py`. Forward, backward and update (NAG), float32, random labels; "
-        "two processes that take turns, medians; in brackets the lowest and the highest ratio of a turn.",
+        "two processes that take turns, medians; in brackets the lowest and the highest ratio of a turn; steps: "
+        "turns x steps a turn, after one to warm up.",
         "",
         "    python -m benchmarks.mxnet_train",
         "",
         f"{machine}.",
         "",
-        "| network | pixels | batch | original, images/s | ours, images/s | ratio | original, MB | ours, MB | turns x steps |",
+        "| network | pixels | batch | original, img/s | ours, img/s | ratio | original, MB | ours, MB | steps |",
         "|---|---|---|---|---|---|---|---|---|",
     ]
     for row in rows:
