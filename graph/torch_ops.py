@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import inspect
 import keyword
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -406,7 +407,7 @@ def pooling(call, data):
     _check_layout(call)
     call.ignore("cudnn_off", "p_value")
     if call.boolean("global_pool", False):
-        return _global_pool(kind, data, rank)
+        return _global_pool(call, kind, data, rank)
     if any(p > k // 2 for p, k in zip(pad, kernel)):
         raise call.error(f"pad {pad} beyond half of the kernel {kernel} is not supported")
     if kind == "sum" and rank == 1:
@@ -419,11 +420,16 @@ def pooling(call, data):
     return AVERAGE_POOLS[rank](data, kernel, stride, pad, False, include_pad, **options)
 
 
-def _global_pool(kind: str, data, rank: int):
+def _global_pool(call: Call, kind: str, data, rank: int):
     axes = tuple(range(2, 2 + rank))
     if kind == "max":
         return GLOBAL_MAX_POOLS[rank](data, 1)
-    return torch.mean(data, axes, True) if kind == "avg" else torch.sum(data, axes, True)
+    return call.function(mean_over, data, axes, True) if kind == "avg" else torch.sum(data, axes, True)
+
+
+def mean_over(data: Tensor, axes: tuple[int, ...], keepdims: bool) -> Tensor:
+    """torch.mean, whose gradient is one number for all positions instead of an array as large as `data`."""
+    return torch.sum(data, axes, keepdims) / math.prod(data.shape[axis] for axis in axes)
 
 
 def full_pool(kind: str, data: Tensor, kernel, stride, pad, include_pad: bool) -> Tensor:
@@ -450,7 +456,7 @@ def full_pool(kind: str, data: Tensor, kernel, stride, pad, include_pad: bool) -
 def adaptive_average_pooling(call, data):
     size = call.integers("output_size", (1,))
     size = size * 2 if len(size) == 1 else size
-    return torch.mean(data, (2, 3), True) if size == (1, 1) else F.adaptive_avg_pool2d(data, size)
+    return call.function(mean_over, data, (2, 3), True) if size == (1, 1) else F.adaptive_avg_pool2d(data, size)
 
 
 @op("UpSampling")
@@ -577,13 +583,13 @@ def _reduction(function: Callable) -> Callable:
             chosen = () if axes is None else tuple(axis for axis in range(rank) if axis not in chosen)
         if not chosen:
             raise call.error("a reduction over no axis is not supported")
-        output = function(data, chosen, keep)
+        output = call.function(function, data, chosen, keep)
         return output if keep or len(chosen) < rank else output.reshape(1)  # MXNet has no arrays without axes
 
     return translate
 
 
-op("mean")(_reduction(torch.mean))
+op("mean")(_reduction(mean_over))
 op("sum", "sum_axis")(_reduction(torch.sum))
 
 
