@@ -18,7 +18,9 @@ WINDOW_LIBRARIES = {"libGL.so.1", "libgthread-2.0.so.0"}
 # Importable name -> the file that installs it. Everything else that is missing is a defect, not an omission.
 REQUIREMENTS = {
     "cv2": "requirements.txt",
+    "PIL": "requirements-dev.txt",
     "gluoncv": "requirements.txt",
+    "graphviz": "requirements.txt",
     "matplotlib": "requirements.txt",
     "mxnet": "requirements.txt",
     "numpy": "requirements.txt",

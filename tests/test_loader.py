@@ -405,8 +405,10 @@ print("ready", flush=True)
 def test_the_process_ends_with_its_main_thread(records, end):
     script = SCRIPT.format("time.sleep(60)" if end == "interrupt" else "raise RuntimeError('main is dead')")
     process = subprocess.Popen(
-        [sys.executable, "-c", script, str(records.path)], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE
-    )
+        [sys.executable, "-c", script, str(records.path)], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        # Tests that run in a shell's background have Ctrl-C switched off, and children inherit that.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )  # fmt: skip
     assert process.stdout.readline() == b"ready\n"
     if end == "interrupt":
         process.send_signal(signal.SIGINT)

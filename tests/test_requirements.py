@@ -14,7 +14,7 @@ from install_hints import REQUIREMENTS
 ROOT = Path(__file__).resolve().parent.parent
 NOT_OURS = {".venv", "tests", "benchmarks", "demo_run"}
 # Where the name that is imported is not the name that is installed.
-PACKAGE_NAMES = {"cv2": "opencv-python"}
+PACKAGE_NAMES = {"cv2": "opencv-python", "PIL": "pillow"}
 # The parts of CUDA that mxnet-cu112's libmxnet.so asks the loader for (readelf -d), less the driver's.
 CUDA_PARTS = ("cublas", "cuda-nvrtc", "cuda-runtime", "cudnn", "cufft", "curand", "cusolver", "nccl", "nvtx")
 
