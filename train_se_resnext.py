@@ -19,6 +19,7 @@ def main(argv: list[str] | None = None) -> int:
     from training.checkpoint import PrefixLock
     from training.data import open_data
     from training.loop import Trainer
+    from training.run_log import LogLock
     from training.session import make_saver, open_log
     from training.start import Start, choose_start
 
@@ -38,6 +39,7 @@ def main(argv: list[str] | None = None) -> int:
 
         def choose() -> Start:
             held.enter_context(PrefixLock(args.model_prefix))
+            held.enter_context(LogLock(args.log_dir))
             return choose_start(args, network, data.train.steps_per_epoch)
 
         # The first of several processes writes the files, so it alone looks into them and tells the others.

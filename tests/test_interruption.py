@@ -107,6 +107,11 @@ def test_second_run_of_a_prefix_is_refused(train, train_flags, tmp_path, capfd):
     assert train(train_flags(resume=True)) == 2
     error = capfd.readouterr().err
     assert str(process.pid) in error
+    # Nor may another prefix write into its log.
+    assert train(train_flags(model_prefix=tmp_path / "model" / "other")) == 2
+    error = capfd.readouterr().err
+    assert str(process.pid) in error
+    assert "another --log-dir" in error
     process.kill()
     process.wait()
     # The lock of a dead process does not keep anybody out.

@@ -201,7 +201,7 @@ def test_a_torn_last_line_is_passed_over(tmp_path):
     [
         (b"", "no lines of a training log"),
         (b"\x89PNG\r\n\x1a\n" + bytes(range(256)), "no lines of a training log"),
-        (b'{"type": "header"}\n', "no lines of a training log"),
+        (b'{"type": "header"}\n', "no epoch is finished yet"),
         (b'{"some": "json"}\n', "no lines of a training log"),
         (b'{"type": "train", "epoch": 1, "update": 2}\n', "no epoch is finished"),
     ],

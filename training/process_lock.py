@@ -19,11 +19,13 @@ class ProcessLock:
     The file names host, process id and start time. Three things are asked before it is refused: the kernel (a
     record lock, which ends with its process even when that is killed and which sees other containers on the
     same machine); whether the named process still lives; and whether it is the same one and not a later
-    process with its number. A lock of another host cannot be looked into and is respected.
+    process with its number. A lock of another host cannot be looked into and is respected. instead: what
+    a user who is refused should choose.
     """
 
-    def __init__(self, path: str | os.PathLike[str]) -> None:
+    def __init__(self, path: str | os.PathLike[str], instead: str = "another prefix") -> None:
         self.path = Path(path)
+        self._instead = instead
         self._descriptor: int | None = None
 
     def __enter__(self) -> ProcessLock:
@@ -32,7 +34,7 @@ class ProcessLock:
             self._acquire()
         except OSError as error:
             cause = error.strerror or error
-            raise UsageError(f"cannot write the lock file {self.path}: {cause}; choose another prefix") from error
+            raise UsageError(f"cannot write the lock file {self.path}: {cause}; choose {self._instead}") from error
         return self
 
     def __exit__(self, *_exception: object) -> None:
@@ -80,7 +82,7 @@ class ProcessLock:
         if holder:
             who = f"process {holder['pid']} on {holder['host']}, started {holder['started']},"
         return UsageError(
-            f"{who} is writing the same files: {self.path} is locked; choose another prefix, "
+            f"{who} is writing the same files: {self.path} is locked; choose {self._instead}, "
             "or remove that file if the run is gone"
         )
 

@@ -30,12 +30,20 @@ from atomic_file import write_bytes
 from engines.base import Metrics
 from errors import ProjectError, UsageError
 from training.mxnet_log import read_text_log
+from training.process_lock import ProcessLock
 from training.progress import describe, say
 
 RUN_FILE = "run.jsonl"
 TEXT_FILE = "train.log"
 RECORD_TYPES = ("header", "train", "epoch")
 _STEMS = tuple(os.path.splitext(name) for name in (RUN_FILE, TEXT_FILE))
+
+
+class LogLock(ProcessLock):
+    """Context manager that a run holds while it writes in `log_dir`; UsageError when another run does."""
+
+    def __init__(self, log_dir: str | Path) -> None:
+        super().__init__(Path(log_dir) / "run.lock", "another --log-dir")
 
 
 class RunLog:
@@ -323,7 +331,9 @@ def read_run(path: str | Path) -> Run:
         records = [record for _, record in _whole_lines(content)]
     else:
         records = read_text_log(content.decode("utf-8", errors="replace").splitlines())
-    if not any(record["type"] != "header" for record in records):
+    if file.name == TEXT_FILE and (file.parent / RUN_FILE).exists():
+        raise ProjectError(f"{file}: is the log for people; name {file.parent / RUN_FILE}")
+    if not records:
         raise ProjectError(f"{file}: holds no lines of a training log (a run.jsonl, or the log text of MXNet's fit)")
     header = next((record for record in records if record["type"] == "header"), {})
     # Of two lines for one epoch the later is the one that the run went on from.
