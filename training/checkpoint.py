@@ -459,7 +459,7 @@ def _entry(stem: Path, match: re.Match) -> Entry:
 def _names_in(directory: Path) -> list[str]:
     try:
         return sorted(os.listdir(directory))
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return []
 
 
