@@ -78,6 +78,9 @@ def start_processes(args: argparse.Namespace, argv: list[str] | None) -> int | N
     reason = choose_engine(args)
     if args.engine != "torch":
         return None
+    if args.batch_size % devices:
+        # Said here once, and not by every process.
+        raise UsageError(f"--batch-size {args.batch_size} cannot be shared by {devices} processes; make it a multiple")
     from engines.torch_launch import run_processes
 
     if reason:

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import argparse
 import sys
+from itertools import islice
 from pathlib import Path
 
 if not __package__:
     # Run as a script: the project's folder takes the place of this one, whose modules are no top-level names.
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
-from command_line import HelpFormatter
+from command_line import HelpFormatter, Parser
 from data_prep.conversion import DECODE, DEFAULT_QUALITY, JPEG, MARKERS, PNG, Conversion
 from data_prep.lists import (
     CLASSES_FILE,
@@ -113,7 +114,7 @@ def find_lists(prefix: Path) -> list[Path]:
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog=None if not __package__ else "python -m data_prep im2rec",
         description=__doc__, formatter_class=_HelpFormatter,
     )  # fmt: skip
@@ -139,7 +140,8 @@ def main(argv: list[str] | None = None) -> int:
         make_lists(args.prefix, entries, classes, args)
         return 0
     lists = find_lists(Path(args.prefix))
-    if not args.pack_label and any(len(next(read_list(path)).labels) > 1 for path in lists):
+    first_items = (item for path in lists for item in islice(read_list(path), 1))
+    if not args.pack_label and any(len(item.labels) > 1 for item in first_items):
         print("note: the list holds several labels an image; without --pack-label only the first is packed")
     return pack_lists(lists, args.root, args, args.pack_label)
 

@@ -148,6 +148,12 @@ def test_bad_lists_are_named(tmp_path, text, message):
     assert [path.name for path in tmp_path.iterdir()] == ["a.lst"]
 
 
+def test_empty_list_is_refused(tmp_path):
+    (tmp_path / "a.lst").touch()
+    with pytest.raises(UsageError, match=r"a\.lst: holds no images"):
+        im2rec.main([str(tmp_path / "a"), str(tmp_path)])
+
+
 def test_missing_sources_are_named(tmp_path, tree):
     with pytest.raises(UsageError, match="nowhere: no such folder"):
         im2rec.main(["--list", str(tmp_path / "a"), str(tmp_path / "nowhere")])
