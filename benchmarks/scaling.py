@@ -217,11 +217,11 @@ CLUSTERS = (
 COUNTS = (8, 64, 512)
 CAPTION = (
     "Model, not a measurement. One A100: 855 images/s with AMP, 395 with TF32, taken as 256 and 128 images an update "
-    "(rates published by NVIDIA for SE-ResNeXt-101 32x4d, 49.0 M parameters, 196 MB of float32 gradients). Machines of 8 GPUs, NVLink at "
-    "230 GB/s, networks at 90 % of nominal; ring all-reduce in buckets of 25 MB behind the backward pass (2/3 of the "
-    "arithmetic); loader 64 cores x 1,150 images/s a machine. Stragglers and memory traffic of the reduction are left "
-    "out: the published 8-GPU rates are 84 % (AMP) and 95 % (TF32) of 8 times one GPU, the model says nearly 100 %; "
-    "it is the most that the links allow."
+    "(rates published by NVIDIA for SE-ResNeXt-101 32x4d, 49.0 M parameters, 196 MB of float32 gradients). Machines of "
+    "8 GPUs, NVLink at 230 GB/s, networks at 90 % of nominal; ring all-reduce in buckets of 25 MB behind the backward "
+    "pass (2/3 of the arithmetic); loader 64 cores x 1,150 images/s a machine. Stragglers and memory traffic of the "
+    "reduction are left out: the published 8-GPU rates are 84 % (AMP) and 95 % (TF32) of 8 times one GPU, the model "
+    "says nearly 100 %; it is the most that the links allow."
 )
 
 
