@@ -327,12 +327,17 @@ def load_checkpoint(prefix: str | os.PathLike[str], epoch: int, batch: int = 0) 
     read where a Module pickled them beside it. Raises DamagedCheckpointError (a UsageError) naming the file and
     the cause.
     """
+    return load_stem(_existing_stem(prefix, epoch, batch))
+
+
+def _existing_stem(prefix: str | os.PathLike[str], epoch: int, batch: int = 0) -> Path:
+    """The stem of a checkpoint of which something is there; DamagedCheckpointError tells which epochs are."""
     stem = checkpoint_stem(prefix, epoch, batch)
     if not any(Path(f"{stem}.{extension}").exists() for extension in ("params", "json")):
         found = sorted({entry.epoch for entry in _entries(prefix) if not entry.batch and not entry.is_best})
         there = f"there are epochs {', '.join(map(str, found))}" if found else f"there is none under {prefix}"
         raise DamagedCheckpointError(f"no checkpoint {stem}.params: {there}")
-    return load_stem(stem)
+    return stem
 
 
 def load_best(prefix: str | os.PathLike[str]) -> Checkpoint:
@@ -342,7 +347,7 @@ def load_best(prefix: str | os.PathLike[str]) -> Checkpoint:
 
 def load_params(prefix: str | os.PathLike[str], epoch: int) -> dict[str, np.ndarray]:
     """The parameters alone, "arg:NAME" and "aux:NAME" -> array, whatever the manifest says or lacks."""
-    return load_params_file(Path(f"{checkpoint_stem(prefix, epoch)}.params"))
+    return load_params_file(Path(f"{_existing_stem(prefix, epoch)}.params"))
 
 
 def load_params_file(path: Path) -> dict[str, np.ndarray]:
