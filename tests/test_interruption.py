@@ -123,7 +123,9 @@ def test_deleted_checkpoint_directory_does_not_end_the_run(train_flags, tmp_path
     argv = train_flags(epochs=40, lr_steps="", frequent=1, batch_size=6, cpus=1)
     process = start_training(argv, stderr=-1, text=True)
     wait_for(lambda: (tmp_path / "model" / "run-0001.json").exists(), process)
-    shutil.rmtree(tmp_path / "model")
+    # The run may be writing there at this moment, and what it renames cannot be deleted by its old name.
+    while (tmp_path / "model").exists():
+        shutil.rmtree(tmp_path / "model", ignore_errors=True)
     seen = trained_updates(log)
     wait_for(lambda: trained_updates(log) >= seen + 30, process)
     process.send_signal(signal.SIGTERM)
