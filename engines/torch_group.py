@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import os
+import sys
 from collections.abc import Iterator, Sequence
 
 import numpy as np
@@ -26,6 +28,7 @@ class TorchGroup(Group):
 
     def __init__(self, device: str) -> None:
         # Not every torchrun is ours, also not one that a process of ours started.
+        self._status: int | None = None  # that the process ends with, once the training is over
         self._own_launcher = os.environ.get(TORCH_LAUNCHER_VARIABLE) == str(os.getppid())
         if self._own_launcher:
             die_with(os.getppid())
@@ -57,7 +60,8 @@ class TorchGroup(Group):
 
     def final_status(self, status: int) -> int:
         # To PyTorch's agent any other status than 0 is a death, after which it starts the job again.
-        return 0 if self._own_launcher and status > SIGNAL_EXIT_BASE else status
+        self._status = 0 if self._own_launcher and status > SIGNAL_EXIT_BASE else status
+        return self._status
 
     def close(self, failed: bool = False) -> None:
         if failed and torch.cuda.is_initialized():
@@ -65,6 +69,19 @@ class TorchGroup(Group):
         if not failed:
             dist.barrier()
         dist.destroy_process_group()
+        if not failed and self._status is not None:
+            atexit.register(_end, self._status)
+
+
+def _end(status: int) -> None:
+    """End the process without taking the interpreter apart.
+
+    gloo's threads survive destroy_process_group() once DistributedDataParallel was used, and release what they hold of
+    Python's when it suits them; in an interpreter that is half gone that aborts the process (PyTorch 2.13).
+    """
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
 
 
 @contextlib.contextmanager

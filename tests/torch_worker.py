@@ -36,6 +36,7 @@ def main(folder: Path) -> None:
         state = engine.get_state()
         if group.leads:
             np.savez(folder / "last.npz", **state.params, **state.optimizer)
+        group.final_status(0)
 
 
 if __name__ == "__main__":
