@@ -9,9 +9,12 @@ import os
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("MXNET_SUBGRAPH_VERBOSE", "0")
 
+import contextlib
 import json
+import resource
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import cv2
@@ -95,6 +98,26 @@ def start_training(argv: list[str], threads: int = 1, **options) -> subprocess.P
 def read_lines(log_dir: Path) -> list[dict]:
     """run.jsonl as a list."""
     return [json.loads(line) for line in (Path(log_dir) / "run.jsonl").read_text().splitlines()]
+
+
+@pytest.fixture
+def file_size_limit():
+    """`with file_size_limit(size):` lets no file grow beyond that many bytes, as a full disk would.
+
+    The limit ends with the block and not with the test: pytest writes to its own output in between, which may be a
+    file larger than that.
+    """
+
+    @contextlib.contextmanager
+    def limit(size: int) -> Iterator[None]:
+        limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))
+        try:
+            yield
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+    return limit
 
 
 TIMES = ("time", "elapsed", "seconds", "images_per_second", "data_wait")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import os
-import resource
 import signal
 import subprocess
 import sys
@@ -43,17 +42,10 @@ def test_new_file_obeys_umask(tmp_path):
     assert (tmp_path / "a").stat().st_mode & 0o777 == 0o666 & ~previous
 
 
-def test_file_too_large_for_the_limit(tmp_path):
+def test_file_too_large_for_the_limit(tmp_path, file_size_limit):
     atomic_file.write_bytes(tmp_path / "a", b"old")
-    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    try:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (5000, limits[1]))
-        with pytest.raises(OSError, match="too large"):
-            atomic_file.write_bytes(tmp_path / "a", bytes(20000))
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-        signal.signal(signal.SIGXFSZ, handler)
+    with file_size_limit(5000), pytest.raises(OSError, match="too large"):
+        atomic_file.write_bytes(tmp_path / "a", bytes(20000))
     assert (tmp_path / "a").read_bytes() == b"old"
     assert len(list(tmp_path.iterdir())) == 1
 

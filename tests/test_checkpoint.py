@@ -7,8 +7,6 @@ import logging
 import os
 import pickle
 import re
-import resource
-import signal
 import subprocess
 import sys
 import time
@@ -340,23 +338,13 @@ def test_files_of_others_are_not_pruned(prefix):
 # ---------------------------------------------------------------------------- failing disks
 
 
-@pytest.fixture
-def file_size_limit():
-    """Sets the largest size of files in bytes, as a full disk would; put back at the end."""
-    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    yield lambda size: resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))
-    resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-    signal.signal(signal.SIGXFSZ, handler)
-
-
 def test_file_too_large_leaves_everything_as_it_was(prefix, file_size_limit):
     save_best(save(prefix, 1))
     before = {path: path.read_bytes() for path in prefix.parent.iterdir()}
-    file_size_limit(4096)
     big = make_state(20, size=5000)
     for epoch in (1, 2):
-        with pytest.raises(CheckpointError, match=rf"net-000{epoch} was not saved: File too large"):
+        expected = pytest.raises(CheckpointError, match=rf"net-000{epoch} was not saved: File too large")
+        with file_size_limit(4096), expected:
             save_checkpoint(prefix, epoch, big, symbol_json=SYMBOL, manifest={})
     assert {path: path.read_bytes() for path in prefix.parent.iterdir()} == before
     assert find_latest(prefix)[0].epoch == 1

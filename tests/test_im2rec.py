@@ -5,7 +5,6 @@ from __future__ import annotations
 import io
 import os
 import re
-import resource
 import signal
 import subprocess
 import sys
@@ -549,16 +548,12 @@ def test_the_script_runs_from_anywhere(tree, tmp_path):
     assert (result.returncode, result.stderr) == (2, "error: nowhere: no such folder\n")
 
 
-def test_a_full_disk_ends_with_one_line_and_can_be_resumed(tmp_path, tree, capsys):
+def test_a_full_disk_ends_with_one_line_and_can_be_resumed(tmp_path, tree, capsys, file_size_limit):
     """The limit on a file's size stands for the disk: writing fails in the same way, after a part was written."""
     write_list(tmp_path / "a.lst", ["cat/000.jpg"] * 300)
     arguments = ["--num-thread", "1", str(tmp_path / "a"), str(tree)]
-    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))
-    try:
+    with file_size_limit(100_000):
         status = run_command(lambda: im2rec.main(arguments))
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert status == 1
     message = capsys.readouterr().err
     assert message.count("\n") == 1

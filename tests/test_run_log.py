@@ -5,7 +5,6 @@ from __future__ import annotations
 import io
 import json
 import math
-import resource
 from pathlib import Path
 
 import numpy as np
@@ -157,17 +156,13 @@ def test_a_folder_that_vanishes_is_warned_of_once(tmp_path, capsys):
     assert kinds(log.path) == ["train", "train", "epoch"]
 
 
-def test_a_full_disk_leaves_no_torn_line(tmp_path, capsys):
+def test_a_full_disk_leaves_no_torn_line(tmp_path, capsys, file_size_limit):
     log = RunLog(tmp_path)
     log_epochs(log, 1, 1)
     written = log.path.read_bytes()
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     # The system accepts the first 20 bytes of the next line, then none.
-    resource.setrlimit(resource.RLIMIT_FSIZE, (len(written) + 20, hard))
-    try:
+    with file_size_limit(len(written) + 20):
         log_epochs(log, 2, 2)
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert log.path.read_bytes() == written
     assert capsys.readouterr().err.count("warning:") == 1
     log_epochs(log, 3, 3)
