@@ -25,6 +25,8 @@ MOMENTUM, WD = 0.9, 1e-4
 # Small, and labels random: a diverged network computes with denormal numbers, which are slow.
 LR = 1e-4
 WARM_STEPS = 2
+# A measurement takes at least so many images.
+IMAGES = 16
 
 
 class Task(NamedTuple):
@@ -49,13 +51,12 @@ def write_params(path: Path) -> None:
     from graph.shapes import parameter_shapes
     from graph.to_torch import load_params, read_params, to_torch
     from graph.torch_ops import BatchNorm
-    from training.initializer import initial_params
+    from training.initializer import initial_state
 
     graph = parse(get_symbol_json(NETWORK, **OPTIONS))
     shapes = parameter_shapes(graph, {"data": (1, 3, SIDE, SIDE), "softmax_label": (1,)})
-    by_kind = {kind: {n[4:]: s for n, s in shapes.items() if n.startswith(kind)} for kind in ("arg", "aux")}
     module = to_torch(graph).to(memory_format=torch.channels_last)
-    load_params(module, initial_params(by_kind["arg"], by_kind["aux"], seed=0).params)
+    load_params(module, initial_state(shapes, seed=0).params)
     for part in module.modules():
         if isinstance(part, BatchNorm):
             part.momentum = 0.0
@@ -230,7 +231,10 @@ def largest_difference(params: Mapping[str, np.ndarray]) -> float:
 
 
 def serve(contenders, lines, out) -> None:
-    """Answer every task with the seconds that one step of it took; the first time after warm-up steps."""
+    """Answer every task with the mean seconds of a step; the first time after warm-up steps.
+
+    Short steps are repeated, after one that brings weights back into the caches that the last contender used.
+    """
     steps: dict[Task, Callable] = {}
     for line in lines:
         task = Task(*json.loads(line))
@@ -238,9 +242,13 @@ def serve(contenders, lines, out) -> None:
             steps[task] = contenders.step(task)
             for _ in range(WARM_STEPS):
                 steps[task]()
+        repeats = max(1, IMAGES // task.rows)
+        if repeats > 1:
+            steps[task]()
         begin = time.perf_counter()
-        steps[task]()
-        print(json.dumps(time.perf_counter() - begin), file=out, flush=True)
+        for _ in range(repeats):
+            steps[task]()
+        print(json.dumps((time.perf_counter() - begin) / repeats), file=out, flush=True)
 
 
 def main() -> int:

@@ -65,9 +65,9 @@ def work(flags: Sequence[str]) -> None:
     import numpy as np
 
     from engine_choice import join_group, make_engine, prepare_process
-    from engines.base import Batch, TrainState
+    from engines.base import Batch
     from networks import declare
-    from training.initializer import initial_params
+    from training.initializer import initial_state
     from training.options import parse_args
 
     args = parse_args(list(flags))
@@ -75,8 +75,7 @@ def work(flags: Sequence[str]) -> None:
         prepare_process(args)
         network = declare(args, CLASSES)
         engine = make_engine(args, network, group)
-        kinds = {kind: {n[4:]: s for n, s in network.shapes.items() if n[:3] == kind} for kind in ("arg", "aux")}
-        engine.set_state(TrainState(initial_params(kinds["arg"], kinds["aux"], seed=0).params))
+        engine.set_state(initial_state(network.shapes, seed=0))
         rng, rows = np.random.default_rng(group.rank), args.batch_size // group.size
         images = rng.integers(0, 256, (rows, *network.image_shape), dtype=np.uint8)
         # Random labels: constant ones lead to denormal gradients, which are slow.

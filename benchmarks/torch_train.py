@@ -18,12 +18,15 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import time
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 
 from benchmarks._contenders import Task
 
+# Seconds after which the threads of the last contender have stopped to wait for work actively.
+PAUSE = 0.3
 RESULTS = Path(__file__).resolve().parent / "results"
 # What decides how fast CPUs multiply, as /proc/cpuinfo calls it.
 FEATURES = ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "avx512_fp16", "amx_tile", "amx_bf16", "amx_int8")
@@ -112,6 +115,7 @@ class Workers:
 
     def measure(self, row: Row) -> float:
         """Seconds of one step."""
+        time.sleep(PAUSE)
         process = self.processes.get(row.kind) or self._start(row.kind)
         process.stdin.write(json.dumps(row.task) + "\n")
         process.stdin.flush()

@@ -8,8 +8,10 @@ import pytest
 from engines.base import IGNORED_LABEL, Batch, even_shares
 from engines.mxnet_common import seed_update, training_rows
 from engines.symbol_engine import SymbolEngine
+from graph.shapes import parameter_shapes
+from graph.symbol_json import parse
 from mxnet_compat import mx
-from training.initializer import initial_params
+from training.initializer import initial_state
 
 ROWS, SIZE, CLASSES, UPDATES = 32, 12, 4, 20
 LR, MOMENTUM, WD = 0.02, 0.9, 1e-3
@@ -29,10 +31,9 @@ def network(batch_norm: bool) -> mx.sym.Symbol:
     return mx.sym.SoftmaxOutput(net, name="softmax", use_ignore=True, ignore_label=IGNORED_LABEL)
 
 
-def initial_state(symbol: mx.sym.Symbol):
-    arg_shapes, _, aux_shapes = symbol.infer_shape(data=(1, 3, SIZE, SIZE), softmax_label=(1,))
-    arguments = {name: s for name, s in zip(symbol.list_arguments(), arg_shapes) if name not in INPUTS}
-    return initial_params(arguments, dict(zip(symbol.list_auxiliary_states(), aux_shapes)), seed=2)
+def first_state(symbol: mx.sym.Symbol):
+    inputs = {"data": (1, 3, SIZE, SIZE), "softmax_label": (1,)}
+    return initial_state(parameter_shapes(parse(symbol.tojson()), inputs), seed=2)
 
 
 def make_batches(count: int = UPDATES, rows: int = ROWS) -> list[Batch]:
@@ -55,7 +56,7 @@ def trained(symbol, devices: int, *, kv_store: str = "device", rows: int = ROWS,
     engine = SymbolEngine(
         symbol, contexts, image_shape=(3, SIZE, SIZE), batch_size=rows, momentum=MOMENTUM, wd=WD, kv_store=kv_store
     )
-    engine.set_state(state or initial_state(symbol))
+    engine.set_state(state or first_state(symbol))
     losses = []
     for batch in batches or make_batches(rows=rows):
         engine.train_batch(batch, LR)
@@ -104,7 +105,7 @@ def reference(symbol, devices: int):
 
     Returns parameters, moving statistics averaged, and momentum.
     """
-    state = initial_state(symbol)
+    state = first_state(symbol)
     weights = {key[4:]: value.copy() for key, value in state.params.items() if key.startswith("arg:")}
     own_aux = [{k[4:]: v.copy() for k, v in state.params.items() if k.startswith("aux:")} for _ in range(devices)]
     momentum = {name: np.zeros_like(value) for name, value in weights.items()}

@@ -13,9 +13,11 @@ from engines.base import Batch, NonFiniteLoss
 from engines.gluon_engine import GluonEngine
 from engines.symbol_engine import SymbolEngine
 from gluon import get_network
+from graph.shapes import parameter_shapes
+from graph.symbol_json import parse
 from mxnet_compat import mx
 from symbols import get_symbol
-from training.initializer import initial_params
+from training.initializer import initial_state
 from training.metrics import batch_metrics
 
 CLASSES = 5
@@ -47,15 +49,11 @@ def gluon_engine(case=TINY, devices: int = 1, **arguments) -> GluonEngine:
 ENGINES = {"symbol": symbol_engine, "gluon": gluon_engine}
 
 
-def initial_state(case=TINY):
+def first_state(case=TINY):
     network, options, size = case
     symbol = get_symbol(network, num_classes=CLASSES, **options)
-    inputs = {"data": (1, 3, size, size)}
-    arg_shapes, _, aux_shapes = symbol.infer_shape(**inputs)
-    arguments = dict(zip(symbol.list_arguments(), arg_shapes))
-    for name in ("data", "softmax_label"):
-        del arguments[name]
-    return initial_params(arguments, dict(zip(symbol.list_auxiliary_states(), aux_shapes)), seed=1)
+    inputs = {"data": (1, 3, size, size), "softmax_label": (1,)}
+    return initial_state(parameter_shapes(parse(symbol.tojson()), inputs), seed=1)
 
 
 def batches(count: int, size: int = 16, pad: int = 0) -> list[Batch]:
@@ -92,10 +90,10 @@ def assert_same_state(left, right) -> None:
 def test_one_step_gives_the_same_state(case):
     engines = [make(case) for make in ENGINES.values()]
     for engine in engines:
-        engine.set_state(initial_state(case))
+        engine.set_state(first_state(case))
         train(engine, batches(1, case[2]), lr=0.1)
     expected, actual = (engine.get_state() for engine in engines)
-    assert any((value != initial_state(case).params[name]).any() for name, value in expected.params.items())
+    assert any((value != first_state(case).params[name]).any() for name, value in expected.params.items())
     assert_same_state(actual, expected)
 
 
@@ -104,7 +102,7 @@ def test_losses_of_50_updates_agree(optimizer):
     losses = []
     for make in ENGINES.values():
         engine = make(DROPOUT, optimizer=optimizer)
-        engine.set_state(initial_state())
+        engine.set_state(first_state())
         losses.append(train(engine, batches(50, pad=3), lr=0.001 if optimizer == "adam" else 0.02))
     assert losses[0] == losses[1]
     assert np.mean(losses[1][-5:]) < np.mean(losses[1][:5])
@@ -115,7 +113,7 @@ def test_two_contexts_agree(kv_store):
     states = []
     for make in ENGINES.values():
         engine = make(devices=2, kv_store=kv_store)
-        engine.set_state(initial_state())
+        engine.set_state(first_state())
         train(engine, batches(3, pad=5))
         engine.get_state()  # averages the moving statistics, which training then continues from
         train(engine, batches(2))
@@ -129,7 +127,7 @@ def test_two_contexts_agree(kv_store):
 def test_continued_training_has_the_same_bits(devices, arguments):
     some = batches(6)
     straight = gluon_engine(DROPOUT, devices, **arguments)
-    straight.set_state(initial_state())
+    straight.set_state(first_state())
     train(straight, some[:3])
     straight.predict(some[0])
     saved = straight.get_state()
@@ -146,7 +144,7 @@ def test_state_moves_between_engines(order, optimizer):
     some = batches(6)
     lr = 0.001 if optimizer == "adam" else 0.02
     first, second = (ENGINES[name](optimizer=optimizer) for name in order)
-    first.set_state(initial_state())
+    first.set_state(first_state())
     train(first, some[:3], lr)
     state = first.get_state()
     second.set_state(state)
@@ -157,11 +155,11 @@ def test_state_moves_between_engines(order, optimizer):
 
 def test_metrics_are_those_of_the_definition():
     engine = gluon_engine(hybridize=False)
-    engine.set_state(initial_state())
+    engine.set_state(first_state())
     (batch,) = batches(1, pad=3)
     engine.train_batch(batch, 0.0)
     reference = symbol_engine()
-    reference.set_state(initial_state())
+    reference.set_state(first_state())
     reference.train_batch(batch, 0.0)
     actual, expected = engine.read_metrics(), reference.read_metrics()
     assert actual.count == 5
@@ -175,7 +173,7 @@ def test_metrics_are_those_of_the_definition():
 
 def test_loss_that_is_not_finite_is_reported():
     engine = gluon_engine()
-    state = initial_state()
+    state = first_state()
     state.params["arg:fc1_bias"][0] = np.nan
     engine.set_state(state)
     with pytest.raises(NonFiniteLoss, match="nan"):

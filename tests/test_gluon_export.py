@@ -8,9 +8,11 @@ import pytest
 from errors import run_command
 from gluon.__main__ import main
 from graph.params_file import read_arrays, write_arrays
+from graph.shapes import parameter_shapes
+from graph.symbol_json import parse
 from mxnet_compat import mx
 from symbols import get_symbol
-from training.initializer import initial_params
+from training.initializer import initial_state
 
 from mxnet.gluon import SymbolBlock  # isort: skip
 
@@ -22,10 +24,8 @@ INPUT = (2, 3, 32, 32)
 def checkpoint(tmp_path):
     """Prefix of a checkpoint of epoch 7, as training with the declared graph leaves it."""
     symbol = get_symbol("se_resnext", depth=8, data_type="cifar10", num_classes=5)
-    arg_shapes, _, aux_shapes = symbol.infer_shape(data=INPUT)
-    arguments = dict(zip(symbol.list_arguments(), arg_shapes))
-    del arguments["data"], arguments["softmax_label"]
-    state = initial_params(arguments, dict(zip(symbol.list_auxiliary_states(), aux_shapes)), seed=4)
+    shapes = parameter_shapes(parse(symbol.tojson()), {"data": INPUT, "softmax_label": INPUT[:1]})
+    state = initial_state(shapes, seed=4)
     write_arrays(tmp_path / "run-0007.params", state.params)
     return tmp_path / "run"
 

@@ -6,21 +6,22 @@ import numpy as np
 import pytest
 
 from errors import ProjectError
-from training.initializer import initial_params
+from training.initializer import initial_state
 
-ARGUMENTS = {
-    "conv_weight": (64, 32, 3, 3),
-    "conv_bias": (64,),
-    "bn_gamma": (64,),
-    "bn_beta": (64,),
-    "fc_weight": (10, 64),
+SHAPES = {
+    "arg:conv_weight": (64, 32, 3, 3),
+    "arg:conv_bias": (64,),
+    "arg:bn_gamma": (64,),
+    "arg:bn_beta": (64,),
+    "arg:fc_weight": (10, 64),
+    "aux:bn_moving_mean": (64,),
+    "aux:bn_moving_var": (64,),
 }
-AUX = {"bn_moving_mean": (64,), "bn_moving_var": (64,)}
 
 
 def test_rules_by_suffix():
-    params = initial_params(ARGUMENTS, AUX, seed=1).params
-    assert list(params) == [f"arg:{name}" for name in ARGUMENTS] + [f"aux:{name}" for name in AUX]
+    params = initial_state(SHAPES, seed=1).params
+    assert list(params) == list(SHAPES)
     assert all(value.dtype == np.float32 for value in params.values())
     for name in ("arg:conv_bias", "arg:bn_beta", "aux:bn_moving_mean"):
         assert not params[name].any()
@@ -34,23 +35,23 @@ def test_rules_by_suffix():
 def test_same_distribution_as_mxnet():
     from mxnet_compat import mx
 
-    reference = mx.nd.zeros(ARGUMENTS["conv_weight"])
+    reference = mx.nd.zeros(SHAPES["arg:conv_weight"])
     mx.init.Xavier(rnd_type="gaussian", factor_type="in", magnitude=2)(mx.init.InitDesc("conv_weight"), reference)
-    ours = initial_params(ARGUMENTS, AUX, seed=1).params["arg:conv_weight"]
+    ours = initial_state(SHAPES, seed=1).params["arg:conv_weight"]
     assert ours.std() == pytest.approx(float(reference.asnumpy().std()), rel=0.02)
 
 
 def test_value_depends_on_name_and_seed_alone():
-    whole = initial_params(ARGUMENTS, AUX, seed=3).params
-    alone = initial_params({"fc_weight": (10, 64)}, {}, seed=3).params
+    whole = initial_state(SHAPES, seed=3).params
+    alone = initial_state({"arg:fc_weight": (10, 64)}, seed=3).params
     assert np.array_equal(whole["arg:fc_weight"], alone["arg:fc_weight"])
-    other = initial_params({"fc_weight": (10, 64)}, {}, seed=4).params
+    other = initial_state({"arg:fc_weight": (10, 64)}, seed=4).params
     assert not np.array_equal(other["arg:fc_weight"], alone["arg:fc_weight"])
 
 
 def test_declared_initializer_wins():
     declared = {"prelu_gamma": '["constant", {"value": 0.25}]', "last_weight": '["zero", {}]'}
-    params = initial_params({"prelu_gamma": (1,), "last_weight": (3, 3)}, {}, 0, declared).params
+    params = initial_state({"arg:prelu_gamma": (1,), "arg:last_weight": (3, 3)}, 0, declared).params
     assert (params["arg:prelu_gamma"] == 0.25).all()
     assert not params["arg:last_weight"].any()
 
@@ -58,11 +59,11 @@ def test_declared_initializer_wins():
 @pytest.mark.parametrize(
     ("shapes", "declared", "message"),
     [
-        ({"table": (3, 3)}, None, "'table' has no known initial value"),
-        ({"a_weight": (3,)}, None, "no fan-in"),
-        ({"a_weight": (3, 3)}, {"a_weight": '["orthogonal", {}]'}, "not supported"),
+        ({"arg:table": (3, 3)}, None, "'table' has no known initial value"),
+        ({"arg:a_weight": (3,)}, None, "no fan-in"),
+        ({"arg:a_weight": (3, 3)}, {"a_weight": '["orthogonal", {}]'}, "not supported"),
     ],
 )
 def test_undecided_parameters_are_named(shapes, declared, message):
     with pytest.raises(ProjectError, match=message):
-        initial_params(shapes, {}, 0, declared)
+        initial_state(shapes, 0, declared)

@@ -12,11 +12,12 @@ from engines.torch_engine import TorchEngine
 from engines.torch_optimizers import Optimizer
 from errors import UsageError
 from graph.recompute import RecomputedGraph
+from graph.shapes import parameter_shapes
 from graph.symbol_json import parse
 from graph.to_torch import to_torch
 from mxnet_compat import mx
 from symbols import get_symbol
-from training.initializer import initial_params
+from training.initializer import initial_state
 from training.metrics import batch_metrics
 
 IMAGE_SHAPE, ROWS, CLASSES = (3, 16, 16), 16, 10
@@ -44,9 +45,7 @@ def batches(count: int, start: int = 0, pad: int = 0) -> list[Batch]:
 
 def first_state(symbol, seed: int = 0) -> TrainState:
     inputs = {"data": (ROWS, *IMAGE_SHAPE), "softmax_label": (ROWS,)}
-    arguments, _, aux = symbol.infer_shape(**inputs)
-    shapes = {n: s for n, s in zip(symbol.list_arguments(), arguments) if n not in inputs}
-    return initial_params(shapes, dict(zip(symbol.list_auxiliary_states(), aux)), seed)
+    return initial_state(parameter_shapes(parse(symbol.tojson()), inputs), seed)
 
 
 def torch_engine(symbol, **options) -> TorchEngine:

@@ -13,8 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from test_devices import initial_state as first_state
-from test_devices import make_batches, network
+from test_devices import first_state, make_batches, network
 from test_launch import END_SECONDS, SLOW, assert_same_files, is_running, updates
 
 from conftest import ROOT, read_lines, start_training, without_times

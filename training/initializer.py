@@ -94,19 +94,13 @@ def initial_array(name: str, shape: Shape, seed: int, declared: str | None = Non
     return rule(name, tuple(shape), rng)
 
 
-def initial_params(
-    arguments: Mapping[str, Shape],
-    aux: Mapping[str, Shape],
-    seed: int,
-    declared: Mapping[str, str] | None = None,
-) -> TrainState:
+def initial_state(shapes: Mapping[str, Shape], seed: int, declared: Mapping[str, str] | None = None) -> TrainState:
     """The state at update 0 of a network.
 
-    arguments: parameter name -> shape in list_arguments() order, inputs (data, label) left out. aux: the same
-    for auxiliary states. declared: name -> `__init__` attribute of the variables that have one (see
-    `Symbol.attr_dict`). Raises ProjectError for a parameter that neither declaration nor suffix decides.
+    shapes: "arg:NAME" and "aux:NAME" -> shape (see `graph.shapes.parameter_shapes`). declared: name -> `__init__`
+    attribute of the variables that have one (see `Symbol.attr_dict`). Raises ProjectError for a parameter that
+    neither declaration nor suffix decides.
     """
     declared = declared or {}
-    params = {f"arg:{name}": initial_array(name, shape, seed, declared.get(name)) for name, shape in arguments.items()}
-    params.update({f"aux:{name}": initial_array(name, shape, seed, declared.get(name)) for name, shape in aux.items()})
-    return TrainState(params=params)
+    named = {key: key.split(":", 1)[1] for key in shapes}
+    return TrainState({key: initial_array(name, shapes[key], seed, declared.get(name)) for key, name in named.items()})

@@ -15,7 +15,7 @@ from engines.base import TrainState
 from errors import UsageError
 from training.checkpoint import Checkpoint, check_params, find_latest, load_checkpoint
 from training.heartbeat import job_start, restarted
-from training.initializer import initial_params
+from training.initializer import initial_state
 from training.options import DEFAULT_LR
 from training.position import Position
 from training.saving import remove_checkpoints
@@ -82,11 +82,7 @@ def _saved_at(manifest: Mapping) -> float:
 
 def _from_scratch(args, network: Network, steps_per_epoch: int, messages: list[str]) -> Start:
     shapes = network.shapes
-    groups = {"arg": {}, "aux": {}}
-    for key, shape in shapes.items():
-        kind, name = key.split(":", 1)
-        groups[kind][name] = shape
-    state = initial_params(groups["arg"], groups["aux"], args.seed, network.initializers)
+    state = initial_state(shapes, args.seed, network.initializers)
     fitting = {key: array for key, array in network.pretrained.items() if array.shape == tuple(shapes.get(key, ()))}
     state.params.update(fitting)
     if network.pretrained:
