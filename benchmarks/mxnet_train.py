@@ -28,6 +28,7 @@ RESULTS = Path(__file__).resolve().parent / "results" / "mxnet_train.json"
 ROOT = Path(__file__).resolve().parent.parent
 LEARNING_RATE, MOMENTUM, WEIGHT_DECAY = 1e-4, 0.9, 1e-4
 WARM_UP = 1
+CLASSES = 1000
 # Of the user's environment, what would take the defaults from the other side.
 OURS_ALONE = ("OMP_NUM_THREADS", "OMP_WAIT_POLICY", "DNNL_MAX_CPU_ISA")
 # The sides, as the results name them.
@@ -111,28 +112,27 @@ def engine_step(row: Row, hybridize: bool) -> Callable[[], None]:
     net = get_network(row.network, **row.options)
     engine = GluonEngine(net, [mx.cpu()], momentum=MOMENTUM, wd=WEIGHT_DECAY, hybridize=hybridize)
     engine.set_state(initial_state(shapes, seed=0))
-    images, labels = random_batch(row, shapes["arg:fc1_bias"][0])
+    images, labels = random_batch(row, CLASSES)
     return lambda: engine.train_batch(Batch(images, labels), LEARNING_RATE)
 
 
 def peer_step(row: Row) -> Callable[[], None]:
     """A step of GluonCV's se_resnext50_32x4d, hybridized, as GluonCV's own training scripts do it."""
+    from gluon.zoo import gluoncv_network
     from mxnet_compat import mx
 
     import mxnet.gluon as mxgluon  # isort: skip - after mxnet_compat
-    from gluoncv.model_zoo import get_model
 
-    net = get_model("se_resnext50_32x4d")
+    net = gluoncv_network("se_resnext50_32x4d", CLASSES).network
     mx.random.seed(0)
     net.initialize(mx.init.Xavier(rnd_type="gaussian", factor_type="in", magnitude=2))
     net.hybridize(static_alloc=True, static_shape=True)
     cross_entropy = mxgluon.loss.SoftmaxCrossEntropyLoss()
     optimizer = {"learning_rate": LEARNING_RATE, "momentum": MOMENTUM, "wd": WEIGHT_DECAY}
     trainer = mxgluon.Trainer(net.collect_params(), "nag", optimizer)
-    images, labels = random_batch(row, net.output._units)
-    data, label = mx.nd.array(images, dtype="float32"), mx.nd.array(labels)
+    images, labels = random_batch(row, CLASSES)
     # GluonCV's networks take normalised pixels.
-    data = (data - data.mean()) / 58
+    data, label = (mx.nd.array(images, dtype="float32") - 127.5) / 73.6, mx.nd.array(labels)
 
     def step() -> None:
         with mx.autograd.record():
