@@ -19,6 +19,7 @@ def main(argv: list[str] | None = None) -> int:
     from training.checkpoint import PrefixLock
     from training.data import open_data
     from training.loop import Trainer
+    from training.progress import say
     from training.run_log import LogLock
     from training.session import make_saver, open_log
     from training.start import Start, choose_start
@@ -46,6 +47,10 @@ def main(argv: list[str] | None = None) -> int:
         start = group.decide(choose)
         if reason:
             start.messages.insert(0, reason)
+        if start.finished(args.epochs):
+            for text in start.messages if group.leads else ():
+                say(text)
+            return 0
         engine = make_engine(args, network, group)
         engine.set_state(start.state)
         saver = make_saver(args, network, data, start)

@@ -6,6 +6,8 @@ alone, so that the loader and the loop can use its types where no framework is i
 
 from __future__ import annotations
 
+import resource
+import sys
 from dataclasses import dataclass, field
 from typing import NamedTuple, Protocol
 
@@ -19,6 +21,8 @@ IGNORED_LABEL = -1
 # probability that underflowed to 0 costs 87.3 nats instead of an infinity, and NaN stays NaN.
 LOSS_FLOOR = float(np.finfo(np.float32).tiny)
 TOP_K = 5
+# Linux counts a process's peak memory in these, macOS in bytes.
+KIBIBYTE = 1024
 
 
 class Batch(NamedTuple):
@@ -133,11 +137,20 @@ class TrainState:
     params: "arg:NAME" and "aux:NAME" -> float32 array, in the order of the graph's list_arguments(), then
     list_auxiliary_states(). optimizer: "SLOT:NAME" -> array, SLOT being "momentum" (sgd, nag) or "mean" and
     "variance" (adam), NAME a parameter's name without prefix. updates: number of optimizer updates done.
+    loss_scale: for float16, what gradients are scaled with and the updates since that last changed; None for
+    other precisions.
     """
 
     params: dict[str, np.ndarray]
     optimizer: dict[str, np.ndarray] = field(default_factory=dict)
     updates: int = 0
+    loss_scale: tuple[float, int] | None = None
+
+
+def peak_process_memory() -> int:
+    """Bytes of main memory that this process held at most so far."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * KIBIBYTE
 
 
 class Engine(Protocol):
@@ -163,6 +176,9 @@ class Engine(Protocol):
 
     def set_state(self, state: TrainState) -> None:
         """Continue from `state`; an empty `optimizer` dictionary means fresh optimizer state."""
+
+    def peak_memory(self) -> int:
+        """Bytes of memory that training needed at most so far: on the fullest GPU, or of this process on CPUs."""
 
     def close(self) -> None:
         """Release devices, threads and processes."""

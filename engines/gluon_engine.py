@@ -15,6 +15,7 @@ from engines.mxnet_common import (
     device_images,
     draws_random_numbers,
     optimizer_arguments,
+    peak_memory,
     read_optimizer,
     seed_update,
     state_slots,
@@ -125,6 +126,9 @@ class GluonEngine:
         self._trainer._init_kvstore()
         self._trainer._init_params()
         write_optimizer(self._places(), self._slots, state.optimizer)
+
+    def peak_memory(self) -> int:
+        return peak_memory(self._contexts)
 
     def close(self) -> None:
         mx.nd.waitall()

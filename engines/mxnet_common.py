@@ -6,7 +6,7 @@ import json
 
 import numpy as np
 
-from engines.base import LOSS_FLOOR, TOP_K, Batch, Metrics, spread_padding, sum_batches
+from engines.base import LOSS_FLOOR, TOP_K, Batch, Metrics, peak_process_memory, spread_padding, sum_batches
 from mxnet_compat import mx
 
 DATA_NAME, LABEL_NAME = "data", "softmax_label"
@@ -75,6 +75,13 @@ def training_rows(batch: Batch, devices: int) -> tuple[mx.nd.NDArray, mx.nd.NDAr
     """Images as float32, 0-255, and labels as float32 (N,), in the order in which devices take them."""
     images, labels = spread_padding(batch, devices)
     return mx.nd.array(images, dtype="float32"), mx.nd.array(labels, dtype="float32")
+
+
+def peak_memory(contexts: list[mx.Context]) -> int:
+    """Bytes, see engines.base.Engine. What MXNet's pool has taken on a GPU it keeps, so what is in use is the peak."""
+    gpus = [context.device_id for context in contexts if context.device_type == "gpu"]
+    in_use = [total - free for free, total in map(mx.context.gpu_memory_info, gpus)]
+    return max(in_use) if in_use else peak_process_memory()
 
 
 class DeviceMetrics:

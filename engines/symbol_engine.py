@@ -14,6 +14,7 @@ from engines.mxnet_common import (
     device_images,
     draws_random_numbers,
     optimizer_arguments,
+    peak_memory,
     read_optimizer,
     seed_update,
     state_slots,
@@ -115,6 +116,9 @@ class SymbolEngine:
             force_init=True,
         )
         write_optimizer(self._places(), self._slots, state.optimizer)
+
+    def peak_memory(self) -> int:
+        return peak_memory(self._contexts)
 
     def close(self) -> None:
         mx.nd.waitall()

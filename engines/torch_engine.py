@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import resource
 import warnings
 from collections.abc import Callable
 
@@ -11,7 +10,17 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from engines.base import LOSS_FLOOR, TOP_K, Batch, Metrics, TrainState, even_shares, spread_padding, sum_batches
+from engines.base import (
+    LOSS_FLOOR,
+    TOP_K,
+    Batch,
+    Metrics,
+    TrainState,
+    even_shares,
+    peak_process_memory,
+    spread_padding,
+    sum_batches,
+)
 from engines.group import Group
 from engines.torch_group import peers_watched, synchronize_batch_norms
 from engines.torch_optimizers import Optimizer
@@ -129,7 +138,8 @@ class TorchEngine:
             for slot, tensors in self._optimizer.states.items()
             for name, tensor in tensors.items()
         }
-        return TrainState(read_params(self._module), optimizer, self._updates)
+        loss_scale = self._scaler.state() if self._scaler else None
+        return TrainState(read_params(self._module), optimizer, self._updates, loss_scale)
 
     def set_state(self, state: TrainState) -> None:
         load_params(self._module, state.params)
@@ -139,14 +149,15 @@ class TorchEngine:
                 for name, tensor in tensors.items():
                     if f"{slot}:{name}" in state.optimizer:
                         tensor.copy_(torch.from_numpy(np.array(state.optimizer[f"{slot}:{name}"], np.float32)))
+        if self._scaler:
+            self._scaler.set_state(*(state.loss_scale or (FIRST_SCALE, 0)))
         self._updates = state.updates
         self._merged = True
 
     def peak_memory(self) -> int:
-        """Most bytes held so far: by PyTorch on a GPU, by the whole process on CPUs."""
         if self._device.type == "cuda":
             return torch.cuda.max_memory_allocated(self._device)
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        return peak_process_memory()
 
     def close(self) -> None:
         self._train_forward = self._module  # DistributedDataParallel must not outlive the process group
@@ -233,6 +244,14 @@ class _GradientScaler:
         for part in module.modules():
             if isinstance(part, SoftmaxOutput):
                 part.factor = self._scale
+
+    def state(self) -> tuple[float, int]:
+        """The scale, and the updates since it last changed."""
+        return self._scale.item(), int(self._streak.item())
+
+    def set_state(self, scale: float, streak: int) -> None:
+        self._scale.fill_(scale)
+        self._streak.fill_(streak)
 
     def unscale(self, gradients: list[Tensor]) -> bool:
         """Divide in place; False when one overflowed, and this update must not happen."""

@@ -120,11 +120,11 @@ def file_size_limit():
     return limit
 
 
-TIMES = ("time", "elapsed", "seconds", "images_per_second", "data_wait")
+TIMES = ("time", "elapsed", "seconds", "images_per_second", "data_wait", "peak_memory")
 
 
 def without_times(lines: list[dict]) -> list[dict]:
-    """Log lines with everything removed that a clock decides, and the flags that name places."""
+    """Log lines without what the machine's clock and memory decide, and without the flags that name places."""
     kept = []
     for line in lines:
         line = {key: value for key, value in line.items() if key not in TIMES}

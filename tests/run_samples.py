@@ -56,6 +56,7 @@ def write_run(folder: Path, epochs: int, *, seed: int = 0, floor: float = 0.06, 
                 "images_per_second": 400.0 + 5 * rng.standard_normal(),
                 "data_wait": 0.02,
                 "seconds": 15.0,
+                "peak_memory": 400_000_000 + 1_000_000 * seed,
                 "elapsed": 15.0 * epoch * (1 + 0.02 * seed),
             }
         )

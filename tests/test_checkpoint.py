@@ -290,6 +290,30 @@ def test_best_is_a_copy(prefix):
     assert load_best(prefix).epoch == 1
 
 
+def test_best_stands_in_for_its_epoch(prefix):
+    for epoch in (1, 2, 3):
+        path = save(prefix, epoch)
+        if epoch == 2:
+            save_best(path)
+    prune(prefix, 1)
+    assert not Path(f"{prefix}-0002.params").exists()
+    assert_same_state(load_checkpoint(prefix, 2).state, make_state(20))
+    assert load_params(prefix, 2).keys() == make_state(20).params.keys()
+    with pytest.raises(DamagedCheckpointError, match=r"there are epochs 2, 3$"):
+        load_checkpoint(prefix, 1)
+
+
+@pytest.mark.parametrize("found", [(2.0**9, 12), None])
+def test_scale_of_gradients_is_kept(prefix, found):
+    state = make_state(10)
+    state.loss_scale = found
+    path = save_checkpoint(prefix, 1, state, symbol_json=SYMBOL, manifest={})
+    assert load_checkpoint(prefix, 1).state.loss_scale == found
+    for strange in ([0.0, 1], [1e400, 1], [2.0], "much", [2.0, 1.5]):
+        path.write_text(json.dumps({**json.loads(path.read_text()), "loss_scale": strange}))
+        assert load_checkpoint(prefix, 1).state.loss_scale is None
+
+
 @pytest.mark.parametrize("keep", [1, 2, 4, None])
 def test_keep(prefix, keep):
     for epoch in range(1, 6):

@@ -56,6 +56,7 @@ def log_epochs(log: RunLog, first: int, last: int, metrics: Metrics = METRICS) -
             images_per_second=120.0,
             data_wait=0.02,
             seconds=3.5,
+            peak_memory=123_456_789,
         )
 
 
@@ -79,8 +80,10 @@ def test_lines_have_the_documented_fields(tmp_path):
     first, second = (record for record in records(log.path) if record["type"] == "epoch")
     assert first["validation"] is None
     assert second["validation"] == second["train"] == {"loss": 0.5, "top1": 0.75, "top5": 0.95}
-    assert second["seconds"] == 3.5
-    assert "epoch 2 batch 4/4" in log.text_path.read_text(encoding="utf-8")
+    assert (second["seconds"], second["peak_memory"]) == (3.5, 123_456_789)
+    text = log.text_path.read_text(encoding="utf-8")
+    assert "epoch 2 batch 4/4" in text
+    assert "; peak memory 123 MB\n" in text
 
 
 def test_figures_that_are_not_finite_are_null_and_read_as_nan(tmp_path):

@@ -150,7 +150,9 @@ def test_one_update_changes_every_array_as_mxnet_does():
     assert np.array_equal(ours.params["arg:bn_data_gamma"], theirs.params["arg:bn_data_gamma"])
 
 
-@pytest.mark.parametrize("options", [{}, {"dtype": "bfloat16"}, {"memonger": True}, {"optimizer": "adam"}])
+@pytest.mark.parametrize(
+    "options", [{}, {"dtype": "bfloat16"}, {"dtype": "float16"}, {"memonger": True}, {"optimizer": "adam"}]
+)
 def test_continuing_is_exact_with_dropout(options):
     symbol = tiny_symbol(drop_out=0.4)
     straight = torch_engine(symbol, seed=5, **options)
@@ -243,6 +245,23 @@ def test_low_precision_learns_with_float32_weights(options):
     assert np.allclose(found[0][:5], found[1][:5], rtol=0.03)
     assert found[1][-1] < 0.8 * found[1][0]
     assert engine.predict(batches(1)[0]).dtype == np.float32
+
+
+def test_continuing_in_float16_keeps_the_scale_of_gradients():
+    symbol = tiny_symbol()
+    start = first_state(symbol)
+    start.loss_scale = (2.0**40, 7)  # far too high: it halves with every update
+    engines = [torch_engine(symbol, dtype="float16") for _ in range(2)]
+    engines[0].set_state(start)
+    losses(engines[0], batches(3))
+    state = engines[0].get_state()
+    assert state.loss_scale == (2.0**37, 0)
+    engines[1].set_state(state)
+    for engine in engines:
+        losses(engine, batches(40, start=3))
+    states = [engine.get_state() for engine in engines]
+    assert states[0].loss_scale == states[1].loss_scale
+    assert_equal_states(*states)
 
 
 def test_an_overflow_in_float16_costs_one_update_and_halves_the_scale():

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from conftest import start_training, write_pack
+from conftest import read_lines, start_training, write_pack
 from data_prep.recordio import Header, RecordWriter, pack
 from training.options import parse_args
 
@@ -155,10 +155,15 @@ def test_overwrite_with_another_network(train, train_flags, tmp_path):
     assert not (tmp_path / "model" / "run-0002.params").exists()
 
 
-def test_nothing_left_to_train(train, train_flags, capfd):
+def test_nothing_left_to_train(train, train_flags, capfd, tmp_path):
     assert train(train_flags(epochs=1, lr_steps="")) == 0
+    before = read_lines(tmp_path / "log" / "run")
     capfd.readouterr()
-    refuse(train, train_flags(epochs=1, lr_steps="", resume=True), capfd, "--epochs is 1; raise it")
+    assert train(train_flags(epochs=1, lr_steps="", resume=True)) == 0
+    assert "run-0001 has completed 1 epochs and --epochs is 1: nothing is left to train" in capfd.readouterr().err
+    assert read_lines(tmp_path / "log" / "run") == before
+    flags = train_flags(epochs=1, lr_steps="", model_load_epoch=1, retrain=True)
+    refuse(train, flags, capfd, "--epochs is 1; raise it")
 
 
 def test_log_folder_that_cannot_be_written(train, train_flags, capfd, tmp_path):

@@ -19,6 +19,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import math
 import os
 import re
 import shutil
@@ -48,7 +49,7 @@ KEPT_WITHIN_EPOCH = 2
 # A checkpoint of another network differs in hundreds of names; the first ones tell which one it is.
 SHOWN_DIFFERENCES = 6
 # Keys of the manifest that the functions here write; the caller's keys are all others.
-OWN_KEYS = ("format", "epoch", "batch", "updates", "sequence", "saved", "files")
+OWN_KEYS = ("format", "epoch", "batch", "updates", "loss_scale", "sequence", "saved", "files")
 
 log = logging.getLogger(__name__)
 
@@ -187,6 +188,7 @@ def save_checkpoint(
         _make_directory(stem.parent)
         _write_symbol(prefix, symbol_json)
         position = {"format": FORMAT, "epoch": epoch, "batch": batch, "updates": state.updates}
+        position["loss_scale"] = state.loss_scale
         position["sequence"] = 1 + max((entry.order[0] for entry in _entries(prefix)), default=0)
         with AtomicFiles() as files:
             params = files.open(f"{stem}.params")
@@ -331,10 +333,16 @@ def load_checkpoint(prefix: str | os.PathLike[str], epoch: int, batch: int = 0) 
 
 
 def _existing_stem(prefix: str | os.PathLike[str], epoch: int, batch: int = 0) -> Path:
-    """The stem of a checkpoint of which something is there; DamagedCheckpointError tells which epochs are."""
+    """The stem of a checkpoint of which something is there; DamagedCheckpointError tells which epochs are.
+
+    Where only the newest are kept, an older epoch may still be there as the best one.
+    """
     stem = checkpoint_stem(prefix, epoch, batch)
     if not any(Path(f"{stem}.{extension}").exists() for extension in ("params", "json")):
-        found = sorted({entry.epoch for entry in _entries(prefix) if not entry.batch and not entry.is_best})
+        ends = {entry.epoch: entry for entry in _entries(prefix) if not entry.batch}
+        if not batch and epoch in ends:
+            return ends[epoch].stem
+        found = sorted(ends)
         there = f"there are epochs {', '.join(map(str, found))}" if found else f"there is none under {prefix}"
         raise DamagedCheckpointError(f"no checkpoint {stem}.params: {there}")
     return stem
@@ -372,9 +380,17 @@ def load_stem(stem: str | os.PathLike[str]) -> Checkpoint:
         params, optimizer = load_params_file(params_path), load_params_file(Path(f"{stem}.states"))
     except ParamsFileError as error:
         raise DamagedCheckpointError(str(error)) from error
-    state = TrainState(params, optimizer, manifest["updates"])
+    state = TrainState(params, optimizer, manifest["updates"], _loss_scale(manifest))
     symbol_json = symbol_path(_prefix_of(stem)).read_text(encoding="utf-8")
     return Checkpoint(manifest["epoch"], manifest["batch"], state, manifest, symbol_json, manifest_path)
+
+
+def _loss_scale(manifest: Mapping[str, object]) -> tuple[float, int] | None:
+    """What a manifest says of it; checkpoints of other precisions, and older ones, say nothing."""
+    found = manifest.get("loss_scale")
+    if isinstance(found, list) and [type(value) for value in found] == [float, int] and 0 < found[0] < math.inf:
+        return found[0], found[1]
+    return None
 
 
 def find_latest(prefix: str | os.PathLike[str]) -> tuple[Checkpoint | None, list[tuple[Path, str]]]:

@@ -63,6 +63,10 @@ def _billions(value: float) -> str:
     return f"{value / 1e9:.3g} G" if value >= 1e9 else f"{value / 1e6:.3g} M"
 
 
+def _megabytes(value: float) -> str:
+    return f"{value / 1e6:,.0f} MB"
+
+
 def _best(metric: str) -> Callable[[Run], float]:
     return lambda run: 100 * _nan_or(np.nanmax, run.values(metric, "validation"))
 
@@ -70,6 +74,10 @@ def _best(metric: str) -> Callable[[Run], float]:
 def _final(metric: str) -> Callable[[Run], float]:
     # The last that was validated: a run may have been stopped between an epoch and its validation.
     return lambda run: 100 * _nan_or(lambda values: values[-1], run.values(metric, "validation"))
+
+
+def _highest(name: str) -> Callable[[Run], float]:
+    return lambda run: _nan_or(max, run.values(name))
 
 
 def _header(name: str) -> Callable[[Run], float]:
@@ -94,6 +102,7 @@ COLUMNS = (
         _speed,
     ),
     Column("seconds", "time", lambda run: run.values("elapsed")[-1], duration),
+    Column("peak_memory_bytes", "peak memory", _highest("peak_memory"), _megabytes),
     Column("parameters", "parameters", _header("parameters"), _count),
     Column("multiply_adds", "multiply-adds", _header("multiply_adds"), _billions),
 )

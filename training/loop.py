@@ -153,7 +153,7 @@ class Trainer:
         self.log.epoch(
             epoch=position.epoch, update=update, images=position.images, lr=self.schedule.lr_at(update - 1),
             train=train, validation=validation, images_per_second=rate, data_wait=data_wait,
-            seconds=time.monotonic() - started,
+            seconds=time.monotonic() - started, peak_memory=self.engine.peak_memory(),
         )  # fmt: skip
         self.log.message(_epoch_summary(position, train, validation, is_best))
         if self.train_loader.skipped:

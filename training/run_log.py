@@ -7,12 +7,13 @@
     train   epoch (from 1), batch (done in the epoch), update, images (seen in all), loss, top1, top5, lr,
             images_per_second, data_wait, elapsed
     epoch   epoch (completed), update, images, lr, train {loss, top1, top5}, validation (the same, or null),
-            images_per_second, data_wait, seconds (of this epoch), elapsed
+            images_per_second, data_wait, seconds (of this epoch), peak_memory, elapsed
 
 loss is a mean cross entropy in nats, top1 and top5 are fractions of images that are right, data_wait is the
-fraction of time spent waiting for the loader, elapsed counts seconds of training over all resumed parts. A
-figure that is not finite (a diverged loss) is null. A resumed run continues its file: lines beyond the
-checkpoint are cut.
+fraction of time spent waiting for the loader, peak_memory the most bytes that were in use since the process
+started (on the fullest GPU, or main memory; of the first of several processes), elapsed counts seconds of training
+over all resumed parts. A figure that is not finite (a diverged loss) is null. A resumed run continues its file:
+lines beyond the checkpoint are cut.
 """
 
 from __future__ import annotations
@@ -157,13 +158,18 @@ class RunLog:
         images_per_second: float,
         data_wait: float,
         seconds: float,
+        peak_memory: int,
     ) -> None:
-        """Log the end of an epoch. lr: rate of its last update. seconds: the epoch, validation included."""
+        """Log the end of an epoch.
+
+        lr: rate of its last update. seconds: the epoch, validation included. peak_memory: bytes.
+        """
         record = {"type": "epoch", "epoch": epoch, "update": update, "images": images, "lr": lr}
         record.update(train=train.rates(), validation=None if validation is None else validation.rates())
-        record.update(images_per_second=images_per_second, data_wait=data_wait, seconds=seconds, elapsed=self.elapsed)
+        record.update(images_per_second=images_per_second, data_wait=data_wait, seconds=seconds)
+        record.update(peak_memory=peak_memory, elapsed=self.elapsed)
         self._write_record(record)
-        figures = describe(train, lr, images_per_second, data_wait)
+        figures = f"{describe(train, lr, images_per_second, data_wait)}; peak memory {peak_memory / 1e6:,.0f} MB"
         self.message(f"epoch {epoch} done in {seconds:.1f} s: train {figures}", echo=False)
         if validation is not None:
             rates = f"loss {validation.loss:.4f}, top-1 {validation.top1:.2%}, top-5 {validation.top5:.2%}"

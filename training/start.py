@@ -45,6 +45,10 @@ class Start:
     continued_from: Path | None = None
     messages: list[str] = field(default_factory=list)
 
+    def finished(self, epochs: int) -> bool:
+        """Whether a run of so many epochs has nothing left to train."""
+        return self.position.epoch >= epochs
+
 
 def choose_start(args: argparse.Namespace, network: Network, steps_per_epoch: int) -> Start:
     """Follow --resume, --retrain and --model-load-epoch; UsageError when that checkpoint cannot be used."""
@@ -111,11 +115,8 @@ def _continue(args, checkpoint: Checkpoint, shapes, steps_per_epoch: int, messag
                 f"(--model-load-epoch {position.epoch} --retrain)"
             )
         messages += _changed_flags(args, manifest, checkpoint.path.stem)
-    if position.epoch >= args.epochs:
-        raise UsageError(
-            f"{checkpoint.path.stem} has completed {position.epoch} epochs and --epochs is {args.epochs}; raise it"
-        )
-    state = TrainState(checkpoint.state.params, dict(checkpoint.state.optimizer), checkpoint.state.updates)
+    state = TrainState(checkpoint.state.params, dict(checkpoint.state.optimizer))
+    state.updates, state.loss_scale = checkpoint.state.updates, checkpoint.state.loss_scale
     if manifest is None:
         state.updates = position.epoch * steps_per_epoch
     slots = {key.split(":", 1)[0] for key in state.optimizer}
@@ -126,9 +127,16 @@ def _continue(args, checkpoint: Checkpoint, shapes, steps_per_epoch: int, messag
         state.optimizer = {}
     update = position.epoch * steps_per_epoch + position.batch
     schedule = _continued_schedule(args, steps_per_epoch, manifest, update)
+    start = Start(state, position, schedule, continued_from=checkpoint.path, messages=messages)
+    if start.finished(args.epochs):
+        text = f"{checkpoint.path.stem} has completed {position.epoch} epochs and --epochs is {args.epochs}"
+        if args.retrain:
+            raise UsageError(f"{text}; raise it")
+        messages.append(f"{text}: nothing is left to train; a larger --epochs goes on")
+        return start
     messages.append(f"continuing from {checkpoint.path.stem}: epoch {position.epoch + 1}, batch {position.batch + 1}, "
                     f"rate {schedule.lr_at(update):g}")  # fmt: skip
-    return Start(state, position, schedule, continued_from=checkpoint.path, messages=messages)
+    return start
 
 
 def _changed_flags(args, manifest: dict, name: str) -> list[str]:
