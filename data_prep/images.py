@@ -96,10 +96,7 @@ def target_size(height: int, width: int, short_edge: int) -> tuple[int, int]:
 
 
 def _is_wanted(data: bytes, size: tuple[int, int], conversion: Conversion) -> bool:
-    """Whether a JPEG (upright, of colours that are no inks.
-
-    It has a `size`) can go into the pack as it is.
-    """
+    """Whether a JPEG that is upright and whose colours are no inks can go into the pack as it is."""
     if conversion.encoding != JPEG or conversion.color == GREY:
         return False
     if simplejpeg.decode_jpeg_header(data)[2] != _PLAIN_JPEG:

@@ -44,10 +44,16 @@ class Entry(NamedTuple):
 # --- sources of entries ---
 
 
+def _is_hidden(name: str) -> bool:
+    """Whether programs keep such a file for themselves: macOS leaves `._cat.jpg`, no image, beside `cat.jpg`."""
+    return name.startswith(".")
+
+
 def image_folders(root: Path, extensions: Iterable[str] = IMAGE_EXTENSIONS) -> Iterator[tuple[str, list[str]]]:
     """(folder, names of its images), both sorted, for every folder below `root` that holds images.
 
-    Folders are named relative to `root`, with "/" between parts; links are followed, but not in circles.
+    Folders are named relative to `root`, with "/" between parts; links are followed, but not in circles. Hidden
+    files and folders are passed over.
     """
     wanted = tuple(extension.lower() for extension in extensions)
     above: dict[str, tuple[str, ...]] = {}
@@ -58,8 +64,8 @@ def image_folders(root: Path, extensions: Iterable[str] = IMAGE_EXTENSIONS) -> I
             folders.clear()
             continue
         above[folder] = (*parents, real)
-        folders.sort()
-        names = sorted(name for name in files if name.lower().endswith(wanted))
+        folders[:] = sorted(name for name in folders if not _is_hidden(name))
+        names = sorted(name for name in files if name.lower().endswith(wanted) and not _is_hidden(name))
         if names:
             yield Path(folder).relative_to(root).as_posix(), names
 
@@ -75,7 +81,7 @@ def folder_entries(
         raise UsageError(f"{root}: no such folder")
     wanted = tuple(extension.lower() for extension in extensions)
     if not recursive:
-        names = sorted(name for name in os.listdir(root) if name.lower().endswith(wanted))
+        names = sorted(name for name in os.listdir(root) if name.lower().endswith(wanted) and not _is_hidden(name))
         if not names:
             raise UsageError(f"{root}: holds no images; --recursive looks in the folders below it, a class each")
         return [], (Entry((0.0,), name) for name in names)

@@ -239,5 +239,5 @@ def main(argv: list[str] | None = None) -> int:
         print(f"problem: {problem}", file=sys.stderr)
     if len(problems) > args.max_problems:
         print(f"... and {len(problems) - args.max_problems} more problems", file=sys.stderr)
-    print(f"{len(problems)} problems" if problems else "no problems")
+    print(f"{len(problems)} problem{'s' if len(problems) > 1 else ''}" if problems else "no problems")
     return 1 if problems else 0

@@ -645,6 +645,12 @@ def test_show_nothing(prefix, capsys):
     assert err.count("\n") == 1
 
 
+def test_show_of_a_single_checkpoint_names_its_prefix(prefix, capsys):
+    save(prefix, 1)
+    for name in (f"{prefix}-0001.params", f"{prefix}-0001"):
+        assert run_tool(capsys, "show", name)[2].endswith(f"a checkpoint itself; its prefix is {prefix}\n")
+
+
 def test_diff(prefix, capsys):
     state = make_state(10)
     save_checkpoint(prefix, 1, state, symbol_json=SYMBOL, manifest={})

@@ -96,6 +96,17 @@ def test_lists_never_change_for_the_same_input(tree, tmp_path):
     assert [item.key for item in read_list(tmp_path / "c.lst")] == list(range(12))
 
 
+def test_hidden_files_are_no_images(tree, tmp_path):
+    (tree / "cat" / "._000.jpg").write_bytes(b"a resource fork of macOS")
+    (tree / ".thumbnails").mkdir()
+    (tree / ".thumbnails" / "000.jpg").write_bytes((tree / "cat" / "000.jpg").read_bytes())
+    for options, folder, count in ((["--recursive"], tree, 12), ([], tree / "cat", len(list(tree.glob("cat/[!.]*"))))):
+        im2rec.main(["--list", *options, str(tmp_path / "a"), str(folder)])
+        paths = [item.path for item in read_list(tmp_path / "a.lst")]
+        assert len(paths) == count
+        assert not [path for path in paths if "/." in f"/{path}"]
+
+
 def test_lists_from_text_files_and_tables(tree, tmp_path):
     text = tmp_path / "train_list.txt"
     text.write_text("cat/000.jpg 2\ndog/001.jpg 0\n\ncat/with space.jpg 1\n")

@@ -155,7 +155,7 @@ def _name_pattern(prefix: str | os.PathLike[str]) -> str:
     return rf"{re.escape(Path(prefix).name)}-(?:(?P<epoch>\d{{4,}})(?:b(?P<batch>\d{{7,}}))?|{BEST})"
 
 
-def _prefix_of(stem: Path) -> Path:
+def prefix_of(stem: Path) -> Path:
     """The prefix of a checkpoint's stem."""
     name, dash, _suffix = stem.name.rpartition("-")
     return stem.with_name(name) if dash else stem
@@ -217,7 +217,7 @@ def save_best(manifest_path: str | os.PathLike[str]) -> Path:
     A copy, not a link: damage to one leaves the other whole. Raises CheckpointError as `save_checkpoint`.
     """
     source = Path(manifest_path).with_suffix("")
-    best = _prefix_of(source).with_name(f"{_prefix_of(source).name}-{BEST}")
+    best = prefix_of(source).with_name(f"{prefix_of(source).name}-{BEST}")
     try:
         with AtomicFiles() as files:
             for extension in EXTENSIONS:
@@ -381,7 +381,7 @@ def load_stem(stem: str | os.PathLike[str]) -> Checkpoint:
     except ParamsFileError as error:
         raise DamagedCheckpointError(str(error)) from error
     state = TrainState(params, optimizer, manifest["updates"], _loss_scale(manifest))
-    symbol_json = symbol_path(_prefix_of(stem)).read_text(encoding="utf-8")
+    symbol_json = symbol_path(prefix_of(stem)).read_text(encoding="utf-8")
     return Checkpoint(manifest["epoch"], manifest["batch"], state, manifest, symbol_json, manifest_path)
 
 
@@ -507,7 +507,7 @@ def _load_without_manifest(stem: Path) -> Checkpoint:
         raise DamagedCheckpointError(str(error)) from error
     except StatesFileError as error:
         raise DamagedCheckpointError(f"{error}; without that file the run starts with fresh momentum") from error
-    prefix, epoch = _prefix_of(stem), stem.name.rpartition("-")[2]
+    prefix, epoch = prefix_of(stem), stem.name.rpartition("-")[2]
     symbol = symbol_path(prefix)
     symbol_json = symbol.read_text(encoding="utf-8") if symbol.is_file() else None
     return Checkpoint(int(epoch) if epoch.isdecimal() else 0, 0, state, None, symbol_json, path)
@@ -553,7 +553,7 @@ def _files_problem(stem: Path, manifest: dict, *, hashes: bool) -> str | None:
         problem = _file_problem(Path(f"{stem}.{role}"), manifest["files"][role], hashes=hashes)
         if problem:
             return problem
-    path = symbol_path(_prefix_of(stem))
+    path = symbol_path(prefix_of(stem))
     problem = _file_problem(path, manifest["files"]["symbol"])
     # The prefix's checkpoints share this file, and a later one may have brought another graph: that is no damage.
     return problem if problem and not _is_graph(path) else None

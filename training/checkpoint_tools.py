@@ -27,6 +27,7 @@ from training.checkpoint import (
     iter_checkpoints,
     load_params_file,
     load_stem,
+    prefix_of,
 )
 
 DIFFERENT = 1
@@ -94,8 +95,16 @@ def run_show(args: argparse.Namespace) -> int:
         count += 1
         damaged += broken
     if not count:
-        raise UsageError(f"no checkpoints under {args.prefix}: expected files such as {args.prefix}-0001.params")
+        raise UsageError(f"no checkpoints under {args.prefix}: {_other_prefix(args.prefix)}")
     return DAMAGED if damaged else 0
+
+
+def _other_prefix(prefix: str) -> str:
+    """What to do about a prefix without checkpoints, perhaps because it names one of them."""
+    stem = _stem(prefix)
+    if any(Path(f"{stem}.{extension}").exists() for extension in EXTENSIONS):
+        return f"that is a checkpoint itself; its prefix is {prefix_of(stem)}"
+    return f"expected files such as {prefix}-0001.params"
 
 
 def _foreign_state(entry: Entry) -> tuple[str, bool]:
