@@ -83,8 +83,11 @@ def start_processes(args: argparse.Namespace, argv: list[str] | None) -> int | N
     if args.batch_size % devices:
         # Said here once, and not by every process.
         raise UsageError(f"--batch-size {args.batch_size} cannot be shared by {devices} processes; make it a multiple")
+    from engines.torch_group import check_device
     from engines.torch_launch import run_processes
 
+    for index in args.gpus or ():
+        check_device(f"cuda:{index}")
     if reason:
         print(reason, file=sys.stderr)
     given = sys.argv[1:] if argv is None else argv

@@ -15,6 +15,14 @@ class ProjectError(Exception):
     exit_status = 1
 
 
+class SaidElsewhere(ProjectError):
+    """Another process of the same run failed, says why, and ends with `exit_status`; this one ends quietly."""
+
+    def __init__(self, exit_status: int):
+        super().__init__("another process of the run failed; its own message says why")
+        self.exit_status = exit_status
+
+
 class UsageError(ProjectError):
     """Wrong usage or wrong input, found before any work was done; exit status 2 as argparse uses."""
 
@@ -34,6 +42,8 @@ def run_command(main: Callable[[], int | None]) -> int:
     logging.basicConfig(format="%(levelname)s: %(message)s")
     try:
         return main() or 0
+    except SaidElsewhere as error:
+        return error.exit_status
     except ProjectError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_status

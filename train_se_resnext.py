@@ -21,7 +21,7 @@ def main(argv: list[str] | None = None) -> int:
     from training.loop import Trainer
     from training.progress import say
     from training.run_log import LogLock
-    from training.session import make_saver, open_log
+    from training.session import check_agreement, make_saver, open_log
     from training.start import Start, choose_start
 
     if args.network == "list":
@@ -29,7 +29,9 @@ def main(argv: list[str] | None = None) -> int:
     status = start_processes(args, argv)
     if status is not None:
         return status
-    with join_group(args) as group, open_data(args, group) as data, ExitStack() as held:
+    with join_group(args) as group, ExitStack() as held:
+        data = held.enter_context(group.attempt(lambda: open_data(args, group)))
+        check_agreement(args, data, group)
         if args.test_io:
             from training.loader_speed import report_io
 

@@ -13,13 +13,18 @@ from typing import Callable, TypeVar
 import numpy as np
 
 from engines.base import Metrics
-from errors import ProjectError
+from errors import ProjectError, SaidElsewhere
 
 T = TypeVar("T")
 
 
 class PeerLost(ProjectError):
-    """Another process of the group ended before its work was done."""
+    """Another process of the group ended before its work was done.
+
+    The exit status of its own tells launchers that this process is not the one that failed.
+    """
+
+    exit_status = 3
 
 
 class Group:
@@ -92,6 +97,29 @@ class Group:
         if isinstance(result, ProjectError):
             raise result
         return result
+
+    def attempt(self, action: Callable[[], T]) -> T:
+        """What `action` returns here, once it has succeeded in all processes.
+
+        Where it raises a ProjectError in some of them, the first of those raises its own and the others
+        SaidElsewhere, so that all end and the user reads one message.
+        """
+        if self.size == 1:
+            return action()
+        own, result = None, None
+        try:
+            result = action()
+        except ProjectError as error:
+            own = error
+        statuses = np.zeros(self.size)
+        statuses[self.rank] = own.exit_status if own else 0
+        statuses = self.sum(statuses)
+        failed = np.flatnonzero(statuses)
+        if not len(failed):
+            return result
+        if own and failed[0] == self.rank:
+            raise own
+        raise SaidElsewhere(int(statuses[failed[0]])) from own
 
 
 class StarGroup(Group):

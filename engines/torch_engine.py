@@ -22,7 +22,7 @@ from engines.base import (
     sum_batches,
 )
 from engines.group import Group
-from engines.torch_group import peers_watched, synchronize_batch_norms
+from engines.torch_group import check_device, peers_watched, synchronize_batch_norms
 from engines.torch_optimizers import Optimizer
 from errors import UsageError
 from graph.memory import keep_freed_memory
@@ -264,11 +264,8 @@ class _GradientScaler:
 
 def _prepare_device(device: str, threads: int | None, tf32: bool) -> torch.device:
     chosen = torch.device(device)
+    check_device(device)
     if chosen.type == "cuda":
-        if not torch.cuda.is_available():
-            raise UsageError("PyTorch sees no GPU: install a CUDA build of torch, or leave out --gpus for the CPU")
-        if (chosen.index or 0) >= torch.cuda.device_count():
-            raise UsageError(f"there is no GPU {chosen.index}; PyTorch sees {torch.cuda.device_count()}")
         torch.backends.cuda.matmul.allow_tf32 = tf32
         torch.backends.cudnn.allow_tf32 = tf32
         torch.backends.cudnn.benchmark = True

@@ -14,9 +14,9 @@ import torch.distributed as dist
 from torch import nn
 
 from engines.group import Group, PeerLost
+from errors import UsageError
 from graph.torch_ops import BatchNorm
-from training.heartbeat import TORCH_LAUNCHER_VARIABLE
-from training.launch_processes import SIGNAL_EXIT_BASE, die_with
+from training.launch_processes import die_with
 
 _BACKENDS = {"cpu": "gloo", "cuda": "cpu:gloo,cuda:nccl"}
 # How both backends call a peer that has gone; PyTorch has no kind of error of its own for it.
@@ -27,12 +27,10 @@ class TorchGroup(Group):
     """Joins the process group that the environment describes. device: of this process, "cpu" or "cuda:0"."""
 
     def __init__(self, device: str) -> None:
-        # Not every torchrun is ours, also not one that a process of ours started.
         self._status: int | None = None  # that the process ends with, once the training is over
-        self._own_launcher = os.environ.get(TORCH_LAUNCHER_VARIABLE) == str(os.getppid())
-        if self._own_launcher:
-            die_with(os.getppid())
+        die_with(os.getppid())
         kind = torch.device(device).type
+        check_device(device)
         if kind == "cuda":
             torch.cuda.set_device(device)
         store, self.rank, self.size = next(dist.rendezvous("env://"))
@@ -59,9 +57,8 @@ class TorchGroup(Group):
         return data.numpy().tobytes()
 
     def final_status(self, status: int) -> int:
-        # To PyTorch's agent any other status than 0 is a death, after which it starts the job again.
-        self._status = 0 if self._own_launcher and status > SIGNAL_EXIT_BASE else status
-        return self._status
+        self._status = status
+        return status
 
     def close(self, failed: bool = False) -> None:
         if failed and torch.cuda.is_initialized():
@@ -71,6 +68,17 @@ class TorchGroup(Group):
         dist.destroy_process_group()
         if not failed and self._status is not None:
             atexit.register(_end, self._status)
+
+
+def check_device(device: str) -> None:
+    """UsageError where PyTorch has no such device."""
+    chosen = torch.device(device)
+    if chosen.type != "cuda":
+        return
+    if not torch.cuda.is_available():
+        raise UsageError("PyTorch sees no GPU: install a CUDA build of torch, or leave out --gpus for the CPU")
+    if (chosen.index or 0) >= torch.cuda.device_count():
+        raise UsageError(f"there is no GPU {chosen.index}; PyTorch sees {torch.cuda.device_count()}")
 
 
 def _end(status: int) -> None:

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
+from multiprocessing import Pipe
+
 import numpy as np
 import pytest
 
 from engines.base import IGNORED_LABEL, Batch, even_shares
+from engines.group import PeerLost, StarGroup
 from engines.mxnet_common import seed_update, training_rows
 from engines.symbol_engine import SymbolEngine
+from errors import ProjectError, SaidElsewhere, UsageError
 from graph.shapes import parameter_shapes
 from graph.symbol_json import parse
 from mxnet_compat import mx
@@ -193,3 +198,43 @@ def test_every_device_and_process_draws_numbers_of_its_own():
     drawn = [*draw(0), *draw(1), *draw(0, rank=1)]
     assert len(set(drawn)) == len(drawn)
     assert drawn[:3] == draw(0)
+
+
+def together(work) -> list:
+    """What `work(group)`, or its ProjectError, is in each of three processes; here they are threads."""
+    pairs = [Pipe() for _ in range(2)]
+    groups = [StarGroup(0, 3, [pair[0] for pair in pairs])]
+    groups += [StarGroup(rank, 3, [pair[1]]) for rank, pair in enumerate(pairs, 1)]
+
+    def run(group):
+        try:
+            return work(group)
+        except ProjectError as error:
+            group.close()
+            return error
+
+    with ThreadPoolExecutor(3) as pool:
+        return list(pool.map(run, groups))
+
+
+def test_processes_agree():
+    assert together(lambda group: group.decide(lambda: group.rank)) == [0, 0, 0]
+    assert together(lambda group: group.attempt(lambda: group.rank)) == [0, 1, 2]
+
+    def fail(group, ranks=(1, 2)):
+        if group.rank in ranks:
+            raise UsageError(f"rank {group.rank} cannot")
+
+    errors = together(lambda group: group.attempt(lambda: fail(group)))
+    assert [str(error) for error in errors if not isinstance(error, SaidElsewhere)] == ["rank 1 cannot"]
+    assert [error.exit_status for error in errors] == [2, 2, 2]
+    errors = together(lambda group: group.decide(lambda: fail(group, ranks=[0])))
+    assert [str(error) for error in errors] == ["rank 0 cannot"] * 3
+
+    def leave(group):
+        if group.rank == 1:
+            group.close()
+            return None
+        return group.sum([1.0])
+
+    assert [type(found) for found in together(leave)] == [PeerLost, type(None), PeerLost]

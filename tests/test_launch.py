@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import re
 import signal
+import socket
 import stat
 import subprocess
 import sys
@@ -21,7 +22,7 @@ from conftest import ROOT, read_lines, without_times
 from errors import UsageError
 from graph.params_file import read_arrays
 from training.checkpoint import find_latest
-from training.launch import build_parser, read_hosts
+from training.launch import build_parser, free_port, read_hosts
 from training.launch_processes import remote_command
 
 END_SECONDS = 10  # within which a death ends everything
@@ -122,6 +123,54 @@ def test_gluon_trains_on_two_workers(train, train_flags, dist_flags, tmp_path):
         np.testing.assert_allclose(other[name], array, rtol=1e-3, atol=1e-5, err_msg=name)
 
 
+def test_variables_of_another_launcher_are_taken_as_they_are(train, train_flags, dist_flags, tmp_path):
+    """As under SLURM or Kubernetes: nobody but the environment says who is who. Here with two servers and contexts."""
+    flags = {"lr_steps": "", "lr": 0.01, "drop_out": 0.0, "epochs": 1, "engine": "symbol"}
+    assert train(train_flags("contexts", **flags, cpus=4)) == 0
+    shared = {
+        "DMLC_PS_ROOT_URI": "127.0.0.1", "DMLC_PS_ROOT_PORT": str(free_port()), "DMLC_NUM_SERVER": "2",
+        "DMLC_NUM_WORKER": "2", "DMLC_NODE_HOST": "127.0.0.1", "OMP_NUM_THREADS": "1",
+        # Arrays above the bound are shared by the servers.
+        "MXNET_KVSTORE_BIGARRAY_BOUND": "1000",
+    }  # fmt: skip
+    worker = ["train_se_resnext.py", *dist_flags("workers", **{**flags, "kv_store": "dist_device_sync"}, cpus=2)]
+    roles = {"scheduler": 1, "server": 2, "worker": 2}
+    processes = [
+        subprocess.Popen(
+            [sys.executable, *(worker if role == "worker" else ["-m", "engines.kv_server"])],
+            cwd=ROOT,
+            env={**os.environ, **shared, "DMLC_ROLE": role},
+        )  # fmt: skip
+        for role, count in roles.items()
+        for _ in range(count)
+    ]
+    try:
+        assert [process.wait(timeout=60) for process in processes] == [0] * len(processes)
+    finally:
+        for process in processes:
+            process.kill()
+    one, other = (read_arrays(tmp_path / "model" / f"{name}-0001.params") for name in ("contexts", "workers"))
+    for name, array in one.items():
+        np.testing.assert_allclose(other[name], array, rtol=1e-3, atol=1e-5, err_msg=name)
+
+
+def test_a_port_in_use_is_one_line(tmp_path):
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        variables = {
+            "DMLC_ROLE": "scheduler", "DMLC_PS_ROOT_URI": "127.0.0.1", "DMLC_NUM_SERVER": "1", "DMLC_NUM_WORKER": "1",
+            "DMLC_PS_ROOT_PORT": str(taken.getsockname()[1]),
+        }  # fmt: skip
+        done = subprocess.run(
+            [sys.executable, "-m", "engines.kv_server"],
+            cwd=ROOT, env={**os.environ, **variables}, capture_output=True, text=True, timeout=60, check=False,
+        )  # fmt: skip
+    assert done.returncode == 1
+    assert f"127.0.0.1:{variables['DMLC_PS_ROOT_PORT']}" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
 @pytest.mark.parametrize(
     ("victim", "number", "message"),
     [
@@ -146,11 +195,12 @@ def test_whatever_dies_or_stalls_ends_the_job(dist_flags, tmp_path, victim, numb
     assert not passed_over
 
 
-def test_sigterm_stops_all_workers_with_one_checkpoint(dist_flags, tmp_path):
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_stops_all_workers_with_one_checkpoint(dist_flags, tmp_path, number):
     job = Job(dist_flags(epochs=SLOW, lr_steps=""))
     job.wait_for_update(tmp_path / "log" / "run", 3)
-    job.process.send_signal(signal.SIGTERM)
-    assert job.wait(timeout=30) == 128 + signal.SIGTERM
+    job.process.send_signal(number)
+    assert job.wait(timeout=30) == 128 + number
     assert job.text.count("--resume goes on") == 1
     assert "error" not in job.text
     assert find_latest(tmp_path / "model" / "run")[0].state.updates == updates(tmp_path / "log" / "run")
@@ -209,13 +259,27 @@ def test_dist_async_learns_and_says_what_it_cannot_save(dist_flags, tmp_path):
 def test_mistakes_of_the_training_command_are_not_tried_again(dist_flags):
     job = Job(dist_flags(batch_size=15, lr_steps=""), launcher=["--max-restarts", 3])
     assert job.wait() == 2
-    assert "--batch-size 15 cannot be shared by 2 processes" in job.text
+    assert job.text.count("--batch-size 15 cannot be shared by 2 processes") == 1
     assert "restart 1" not in job.text
 
 
 def test_workers_need_a_launcher(train, train_flags, capfd):
     assert train(train_flags(kv_store="dist_sync")) == 2
     assert "training.launch" in capfd.readouterr().err
+
+
+def test_a_failure_that_recurs_ends_after_the_last_restart():
+    launch = [sys.executable, "-m", "training.launch", "-n", "2", "--max-restarts", "2", "--", "sh", "-c", "exit 3"]
+    done = subprocess.run(launch, cwd=ROOT, capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 1
+    assert done.stderr.count("ended with exit status 3") == 3
+    assert "restart 2 of 2" in done.stderr
+
+
+def test_a_worker_does_not_train_alone(train, train_flags, capfd, monkeypatch):
+    monkeypatch.setenv("DMLC_ROLE", "worker")
+    assert train(train_flags()) == 2
+    assert "add --kv-store dist_sync" in capfd.readouterr().err
 
 
 def test_remote_command_keeps_every_character(tmp_path):
@@ -241,8 +305,9 @@ def test_bad_host_files_are_refused(tmp_path):
         ("# none\n", "names no host"),
         ("-oProxyCommand=x\n", "is no host"),
         ("a b\n", "one a line"),
+        ("\udcf8", "no text file"),
     ):
-        path.write_text(content)
+        path.write_text(content, errors="surrogateescape")
         with pytest.raises(UsageError, match=message):
             read_hosts(path)
     with pytest.raises(UsageError, match="No such file"):

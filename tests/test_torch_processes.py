@@ -90,6 +90,8 @@ def test_killed_rank_is_named_and_the_job_resumes_exactly(torch_flags, tmp_path)
     for process in (killed, straight):
         error = process.communicate(timeout=120)[1]
         assert process.returncode == 0, error
+        if process is killed:
+            assert re.search(rf"rank \d \(process {ranks[1]}\) was killed by SIGKILL; restart 1 of 1", error), error
     assert_same_files(tmp_path / "model", "straight", "killed", 3)
     logs = [without_times(read_lines(tmp_path / "log" / name)) for name in ("straight", "killed")]
     assert logs[0] == logs[1]
@@ -104,7 +106,7 @@ def test_a_dead_rank_ends_the_job(torch_flags, tmp_path):
     error = process.communicate(timeout=60)[1]
     assert time.monotonic() - begin < END_SECONDS
     assert process.returncode == 1
-    assert re.search(rf"error: rank \d \(process {ranks[1]}\) was killed by SIGKILL", error), error
+    assert re.search(rf"^error: rank \d \(process {ranks[1]}\) was killed by SIGKILL", error, re.MULTILINE), error
     assert "Traceback" not in error
     assert not any(is_running(pid) for pid in ranks)
     checkpoint, passed_over = find_latest(tmp_path / "model" / "run")
@@ -112,15 +114,43 @@ def test_a_dead_rank_ends_the_job(torch_flags, tmp_path):
     assert not passed_over
 
 
-def test_sigterm_stops_all_ranks_with_one_checkpoint(torch_flags, tmp_path):
-    process = start_training(torch_flags(epochs=SLOW), stderr=subprocess.PIPE, text=True)
+@pytest.mark.parametrize("to_a_rank", [False, True], ids=["to the launcher", "to a rank"])
+def test_sigterm_stops_all_ranks_with_one_checkpoint(torch_flags, tmp_path, to_a_rank):
+    process = start_training(torch_flags(epochs=SLOW, max_restarts=1), stderr=subprocess.PIPE, text=True)
     wait_for_update(process, tmp_path / "log" / "run", 3)
-    process.send_signal(signal.SIGTERM)
+    os.kill(ranks_of(process)[1] if to_a_rank else process.pid, signal.SIGTERM)
     error = process.communicate(timeout=60)[1]
     assert process.returncode == 128 + signal.SIGTERM, error
     assert error.count("--resume goes on") == 1
     assert "Traceback" not in error
     assert find_latest(tmp_path / "model" / "run")[0].state.updates == updates(tmp_path / "log" / "run")
+
+
+def test_ranks_go_on_from_where_the_first_one_is(train, torch_flags, tmp_path):
+    """Every process in a folder of its own, as on machines without a common file system."""
+    flags = {"model_prefix": "model/run", "log_dir": "log", "cpus": None}
+    script = f'cd "{tmp_path}/rank$RANK" && exec "{sys.executable}" "{ROOT / "train_se_resnext.py"}" "$@"'
+    for rank in range(2):
+        (tmp_path / f"rank{rank}").mkdir()
+
+    def run(*more: str, **changes) -> str:
+        command = [*TORCHRUN, "--no-python", "sh", "-c", script, "sh", *torch_flags(**flags, **changes), *more]
+        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+        done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+        return done.stderr
+
+    run(epochs=1)
+    assert "continuing from run-0001" in run("--resume", epochs=2)
+    assert not list((tmp_path / "rank1").iterdir())
+    assert train(torch_flags("straight", epochs=2)) == 0
+    for extension in ("params", "states"):
+        found = tmp_path / "rank0" / "model" / f"run-0002.{extension}"
+        assert found.read_bytes() == (tmp_path / "model" / f"straight-0002.{extension}").read_bytes()
+    # Flags that differ would leave the processes waiting for each other.
+    script = script.replace('"$@"', '"$@" --frequent $((RANK + 1))')
+    error = run("--resume", epochs=3)
+    assert "error: --frequent: 2 in rank 1, 1 in rank 0" in error
+    assert error.count("error: --") == 1
 
 
 def trained_alone(symbol, batches: list[Batch], **options) -> dict[str, np.ndarray]:
@@ -132,17 +162,19 @@ def trained_alone(symbol, batches: list[Batch], **options) -> dict[str, np.ndarr
     return {**state.params, **state.optimizer}
 
 
-def test_without_batchnorm_two_processes_are_one(tmp_path):
-    symbol = network(batch_norm=False)
-    batches = [batch._replace(pad=0) for batch in make_batches()]
+@pytest.mark.parametrize(("processes", "accumulate"), [(2, 2), (4, 1)])
+def test_without_batchnorm_processes_are_one(tmp_path, processes, accumulate):
+    symbol, batches = network(batch_norm=False), make_batches()
     (tmp_path / "net.json").write_text(symbol.tojson())
-    (tmp_path / "options.json").write_text(json.dumps({"lr": LR, "accumulate": 2}))
+    (tmp_path / "options.json").write_text(json.dumps({"lr": LR, "accumulate": accumulate}))
     np.savez(tmp_path / "first.npz", **first_state(symbol).params)
     np.savez(
         tmp_path / "batches.npz",
         images=np.stack([batch.images for batch in batches]), labels=np.stack([batch.labels for batch in batches]),
+        pads=[batch.pad for batch in batches],
     )  # fmt: skip
-    subprocess.run([*TORCHRUN, ROOT / "tests" / "torch_worker.py", tmp_path], check=True, cwd=ROOT)
+    command = [*TORCHRUN[:-1], str(processes), ROOT / "tests" / "torch_worker.py", tmp_path]
+    subprocess.run(command, check=True, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"})
     found, expected = np.load(tmp_path / "last.npz"), trained_alone(symbol, batches)
     assert set(found) == set(expected)
     for name, array in expected.items():
@@ -165,6 +197,7 @@ def test_accumulating_is_the_large_batch(micro_batches):
         ({"engine": "symbol", "accumulate": 2}, "--accumulate needs PyTorch"),
         ({"engine": "gluon", "sync_bn": True}, "--sync-bn needs PyTorch"),
         ({"kv_store": "dist_sync"}, "--kv-store dist_sync is MXNet's"),
+        ({"cpus": None, "gpus": "0,9"}, "PyTorch sees no GPU"),
     ],
 )
 def test_mistakes_are_refused_in_one_line(train, torch_flags, capfd, flags, message):

@@ -2,7 +2,8 @@
 
     torchrun --nproc-per-node 2 tests/torch_worker.py FOLDER
 
-FOLDER holds net.json, first.npz (parameters) and batches.npz; rank 0 leaves last.npz with parameters and momentum.
+FOLDER holds net.json, options.json (lr and options of the engine), first.npz (parameters) and batches.npz (images,
+labels, and how many rows of each batch are padding); rank 0 leaves last.npz with parameters and momentum.
 """
 
 from __future__ import annotations
@@ -26,13 +27,15 @@ def main(folder: Path) -> None:
     lr = options.pop("lr")
     with TorchGroup("cpu") as group:
         rows = images.shape[1] // group.size
-        mine = slice(group.rank * rows, (group.rank + 1) * rows)
         engine = TorchEngine(
             (folder / "net.json").read_text(), image_shape=images.shape[2:], batch_size=rows, group=group, **options
         )
         engine.set_state(TrainState(dict(np.load(folder / "first.npz"))))
-        for one_images, one_labels in zip(images, labels):
-            engine.train_batch(Batch(one_images[mine], one_labels[mine]), lr, len(one_labels))
+        for one_images, one_labels, pad in zip(images, labels, batches["pads"]):
+            valid = len(one_labels) - int(pad)
+            part = np.array_split(np.arange(valid), group.size)[group.rank]
+            mine = np.resize(part, rows)
+            engine.train_batch(Batch(one_images[mine], one_labels[mine], rows - len(part)), lr, valid)
         state = engine.get_state()
         if group.leads:
             np.savez(folder / "last.npz", **state.params, **state.optimizer)

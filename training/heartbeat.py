@@ -14,8 +14,8 @@ HEARTBEAT_VARIABLE, WORKER_VARIABLE = "TRAINING_HEARTBEAT", "TRAINING_WORKER"
 # How often the job was started again (PyTorch's launcher has a variable of its own), and when it began, in seconds
 # since 1970: checkpoints from before are not its own.
 RESTARTS_VARIABLES, STARTED_VARIABLE = ("TRAINING_RESTARTS", "TORCHELASTIC_RESTART_COUNT"), "TRAINING_STARTED"
-# Set by PyTorch's agent in every process that it starts; and by our own launcher around it, to its process id.
-TORCH_AGENT_VARIABLE, TORCH_LAUNCHER_VARIABLE = "TORCHELASTIC_RUN_ID", "TRAINING_TORCH_LAUNCHER"
+# Set by PyTorch's agent in every process that it starts.
+TORCH_AGENT_VARIABLE = "TORCHELASTIC_RUN_ID"
 
 
 class Heartbeat:

@@ -86,6 +86,8 @@ def read_hosts(path: Path) -> list[str]:
         lines = path.read_text().splitlines()
     except OSError as error:
         raise UsageError(f"--hosts {path}: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise UsageError(f"--hosts {path} is no text file; it holds one host a line") from error
     hosts = [line.split("#")[0].strip() for line in lines]
     hosts = [host for host in hosts if host]
     bad = [host for host in hosts if host.startswith("-") or len(host.split()) > 1]
@@ -213,7 +215,9 @@ class Supervisor:
             self._look_for_deaths(statuses)
             if all(statuses[worker] is not None for worker in self.workers):
                 self._wait_for_others()
-                return max(statuses[worker] for worker in self.workers)
+                status = max(statuses[worker] for worker in self.workers)
+                # Workers are asked to stop by SIGTERM, whatever signal came.
+                return SIGNAL_EXIT_BASE + self.signals[0] if self.signals and status in STOP_STATUSES else status
             self._look_for_stalls(statuses)
             time.sleep(POLL_SECONDS)
 
@@ -241,7 +245,7 @@ class Supervisor:
                 continue
             own = USAGE_STATUS if status == USAGE_STATUS else 1
             if self.signals and status == -signal.SIGTERM:
-                own = SIGNAL_EXIT_BASE + self.signals[0]  # it had not yet begun to train
+                raise Failure("stopped before the training began", SIGNAL_EXIT_BASE + self.signals[0])
             raise Failure(f"{member.name} {how_it_ended(status)}", own)
         gone = [m for m, status in statuses.items() if m.role != "worker" and status == 0]
         if gone:

@@ -203,23 +203,23 @@ class Trainer:
 
     def _read_metrics(self, position: Position) -> None:
         """Move what the engines collected into the position; a loss that is not finite ends the run here."""
-        own, failure = Metrics(), None
+        if self.group.lockstep:
+            sums = self.group.sum_metrics(self.group.attempt(lambda: self._own_metrics(position)))
+        else:
+            sums = self._own_metrics(position)
+        position.window_sums = position.window_sums + sums
+        self._first_unread = position.batch + 1
+
+    def _own_metrics(self, position: Position) -> Metrics:
+        """Sums of this process since the last read."""
         try:
-            own = self.engine.read_metrics()
+            return self.engine.read_metrics()
         except NonFiniteLoss as error:
             number = self._first_unread + error.offset
-            failure = ProjectError(
+            raise ProjectError(
                 f"the loss became {error.loss} in epoch {position.epoch + 1}, batch {number}: training stops, the last "
                 "checkpoint is untouched; lower --lr (or look at the data of that batch)"
-            )
-        if self.group.lockstep:
-            if self.group.sum([failure is not None])[0] and failure is None:
-                failure = ProjectError("the loss is not finite in another process, whose message names the batch")
-            own = self.group.sum_metrics(own)
-        if failure:
-            raise failure
-        position.window_sums = position.window_sums + own
-        self._first_unread = position.batch + 1
+            ) from None
 
     def _validate(self, stop: StopRequest) -> Metrics:
         """Metrics of the validation set, of which every process takes its part; of less when a signal came."""

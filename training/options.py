@@ -370,7 +370,14 @@ def check_devices(args: argparse.Namespace) -> None:
         check_torch_job(args)
     if store == "nccl" and not args.gpus:
         raise UsageError("--kv-store nccl sums gradients of GPUs; name them with --gpus, or take --kv-store device")
-    if store not in DIST_STORES or args.test_io:
+    if args.test_io:
+        return
+    if store not in DIST_STORES:
+        if os.environ.get("DMLC_ROLE") == "worker":
+            raise UsageError(
+                f"this is a worker of a parameter server (DMLC_ROLE=worker), --kv-store {store} would train in every "
+                f"one of them alone: add --kv-store {DIST_STORES[0]}"
+            )
         return
     if args.engine == "torch":
         raise UsageError(

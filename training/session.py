@@ -8,6 +8,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from engines.group import Group
+from errors import UsageError
 from training.data import Data
 from training.options import ASYNC_STORE
 from training.run_log import NoLog, RunLog
@@ -15,6 +16,12 @@ from training.saving import Saver
 from training.start import Start
 
 RECORDED_PACKAGES = ("mxnet", "mxnet-cu112", "torch", "numpy", "opencv-python", "simplejpeg")
+
+# Flags in which the processes of one run may differ: each machine has its own devices and folders.
+OWN_FLAGS = {
+    "gpus", "cpus", "data_dir", "train_rec", "val_rec", "model_prefix", "model_load_prefix", "log_dir", "data_threads",
+    "max_restarts",
+}  # fmt: skip
 
 
 def versions() -> dict[str, str]:
@@ -31,6 +38,24 @@ def versions() -> dict[str, str]:
 def arguments(args: argparse.Namespace) -> dict:
     """The flags in JSON's types."""
     return {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()}
+
+
+def check_agreement(args: argparse.Namespace, data: Data, group: Group) -> None:
+    """UsageError where processes, started by hand on several machines, were given other flags or other data."""
+    own = {name: value for name, value in arguments(args).items() if name not in OWN_FLAGS}
+    own["training images"], own["validation images"] = data.train_images, data.val_images
+    first = group.decide(lambda: own)
+
+    def compare() -> None:
+        other = [name for name, value in own.items() if value != first[name]]
+        if other:
+            name = other[0]
+            flag = name if " " in name else f"--{name.replace('_', '-')}"
+            raise UsageError(
+                f"{flag}: {own[name]} in rank {group.rank}, {first[name]} in rank 0; all need the same flags and data"
+            )
+
+    group.attempt(compare)
 
 
 def open_log(args: argparse.Namespace, network, data: Data, start: Start, group: Group) -> RunLog | NoLog:
