@@ -30,6 +30,8 @@ NETWORK_FLAGS = ("--network", "se_resnext", "--depth", "18", "--image-size", "64
 CLASSES, ROWS_A_DEVICE, LEARNING_RATE = 1000, 16, 1e-4
 WARM_SECONDS, MEASURED_SECONDS = 1.5, 4.0
 FLOAT_BYTES = 4
+# Rounds of a setup on a quiet machine differ by less than this ratio.
+DISTURBED = 1.3
 
 
 @dataclass(frozen=True)
@@ -179,11 +181,13 @@ def all_reduce_seconds(cluster: Cluster, gpus: int, size: float) -> float:
 def server_seconds(cluster: Cluster, gpus: int, size: float) -> float:
     """A parameter server on every machine: gradients are summed inside it, then sent to the servers and back.
 
-    Every machine sends what other machines' servers hold and gets it back; its own server gets and sends as much.
+    Every machine sends what other machines' servers hold; its own server receives as much at the same time, and the
+    other way round on the way back. So as many bytes pass a link in each direction as in a ring.
     """
     machines = -(-gpus // cluster.gpus)
     inside = min(gpus, cluster.gpus)
-    return 2 * (inside - 1) / inside * size / cluster.inside + 4 * (machines - 1) / machines * size / cluster.network
+    seconds = 2 * (inside - 1) / inside * size / cluster.inside + 2 * (machines - 1) / machines * size / cluster.network
+    return seconds + 2 * (inside - 1 + (machines > 1)) * cluster.latency
 
 
 def step_seconds(job: Job, cluster: Cluster, gpus: int, *, servers: bool = False) -> float:
@@ -217,10 +221,11 @@ COUNTS = (8, 64, 512)
 CAPTION = (
     "Model, not a measurement. One A100: 855 images/s with AMP, 395 with TF32, taken as 256 and 128 images an update "
     "(rates published by NVIDIA for SE-ResNeXt-101 32x4d, 49.0 M parameters, 196 MB of float32 gradients). Machines of "
-    "8 GPUs, NVLink at 230 GB/s, networks at 90 % of nominal; ring all-reduce in buckets of 25 MB behind the backward "
-    "pass (2/3 of the arithmetic); loader 64 cores x 1,150 images/s a machine. Stragglers and memory traffic of the "
-    "reduction are left out: the published 8-GPU rates are 84 % (AMP) and 95 % (TF32) of 8 times one GPU, the model "
-    "says nearly 100 %; it is the most that the links allow."
+    "8 GPUs, NVLink at 230 GB/s, networks at 90 % of nominal in both directions at once, 10 us (InfiniBand) or 30 us "
+    "a step of a ring; all-reduce in buckets of 25 MB behind the backward pass (2/3 of the arithmetic); dist_sync with "
+    "a server on every machine; loader 64 cores x 1,150 images/s a machine. Stragglers, memory traffic of the "
+    "reduction and the servers' own sums are left out: the published 8-GPU rates are 84 % (AMP) and 95 % (TF32) of 8 "
+    "times one GPU, the model says nearly 100 %; it is the most that the links allow."
 )
 
 
@@ -283,23 +288,20 @@ def report(measured: dict) -> str:
         f"{MEASURED_SECONDS:g} s after {WARM_SECONDS:g} s of warm-up. `{measured['network']}`, "
         f"{measured['rows_a_device']} images a device and update, made pixels, random labels, no loader.",
         "",
-        "| setup | threads a device | images/s, best | median | lowest | best / (2 x one device on half the cores) |",
-        "|---|---|---|---|---|---|",
+        "| setup | threads a device | images/s, median | lowest | highest | part of 2 x one device on half the cores "
+        "| of one device on all cores |",
+        "|---|---|---|---|---|---|---|",
     ]
-    # The best round is the least disturbed one; two devices suffer most from whatever else wants a core.
-    best = {row["name"]: max(row["rates"]) for row in measured["rows"]}
     for row in measured["rows"]:
-        half = next(best[name] for name in best if "half" in name and name.split(",")[0] in row["name"])
-        part = f"{best[row['name']] / 2 / half:.0%}" if row["devices"] == 2 else ""
-        lines.append(
-            f"| {row['name']} | {row['threads']} | {best[row['name']]:.1f} | {statistics.median(row['rates']):.1f} "
-            f"| {min(row['rates']):.1f} | {part} |"
-        )
+        middle, low, high = statistics.median(row["rates"]), min(row["rates"]), max(row["rates"])
+        half, whole = _parts(row, measured["rows"]) if row["devices"] == 2 else ("", "")
+        lines.append(f"| {row['name']} | {row['threads']} | {middle:.1f} | {low:.1f} | {high:.1f} | {half} | {whole} |")
     lines += [
         "",
-        "Other work ran on the machine meanwhile, hence the spread; read the best column, and that with care. The",
-        "devices share one memory bus and its cache and, for dist_sync, the cores with server and scheduler. None of",
-        "this says anything of a cluster.",
+        "Parts are the median (lowest to highest) over the rounds; the first is the efficiency. The devices share one",
+        "memory bus and its cache and, for dist_sync, the cores with server and scheduler. None of this says anything",
+        "of a cluster.",
+        *_disturbance(measured["rows"]),
         "",
         f"Bytes reduced: {measured['parameters']:,} parameters are {size:.1f} MB of float32 gradients an update. A",
         f"ring of n sends and receives 2 (n - 1) / n of that in every process: {size:.1f} MB for 2, up to "
@@ -313,13 +315,37 @@ def report(measured: dict) -> str:
         CAPTION,
         "",
         "Step = arithmetic + max(last bucket, reduction - backward pass), or the loader's time if that is longer. With",
-        "dist_sync (a server on every machine, gradients of a machine summed before) machines are clients and servers",
-        "at once, which doubles what passes their links. MXNet 1.9.1 runs on A100s in TF32, not with AMP as here;",
-        "--speed and --rows put the figures of another GPU in their place.",
+        "dist_sync machines are clients and servers at once, and their links carry as much in each direction as in a",
+        "ring; with fewer servers than machines (the launcher's default is one) the servers' links carry a multiple:",
+        "m machines and s servers take m / s times as long for it. MXNet 1.9.1 runs on A100s in TF32, not with AMP as",
+        "here; --speed and --rows put the figures of another GPU in their place.",
         "",
         *paper(JOBS),
     ]
     return "\n".join(lines) + "\n"
+
+
+def _parts(row: dict, rows: Sequence[dict]) -> tuple[str, str]:
+    """Rate of two devices as part of twice one on half of the cores, and of one on all: rounds are compared alone."""
+    single = [other for other in rows if other["devices"] == 1 and _framework(other) == _framework(row)]
+    alone = {other["threads"]: other for other in single}
+    found = []
+    for other, devices in ((alone[min(alone)], 2), (alone[max(alone)], 1)):
+        parts = [rate / devices / one for rate, one in zip(row["rates"], other["rates"])]
+        found.append(f"{statistics.median(parts):.0%} ({min(parts):.0%} to {max(parts):.0%})")
+    return found[0], found[1]
+
+
+def _disturbance(rows: Sequence[dict]) -> list[str]:
+    """A warning where the rounds of a setup differ so much that something else wanted the cores."""
+    spread = max(max(row["rates"]) / min(row["rates"]) for row in rows)
+    if spread < DISTURBED:
+        return []
+    return ["", f"**Other work ran meanwhile: rounds of one setup differ by up to {spread:.1f}; the parts say little.**"]
+
+
+def _framework(row: dict) -> str:
+    return row["name"].split(",")[0]
 
 
 def paper(jobs: Sequence[Job]) -> list[str]:
