@@ -341,7 +341,7 @@ def _disturbance(rows: Sequence[dict]) -> list[str]:
     spread = max(max(row["rates"]) / min(row["rates"]) for row in rows)
     if spread < DISTURBED:
         return []
-    return ["", f"**Other work ran meanwhile: rounds of one setup differ by up to {spread:.1f}; the parts say little.**"]
+    return ["", f"**Other work ran meanwhile: rounds of a setup differ up to {spread:.1f} times; parts say little.**"]
 
 
 def _framework(row: dict) -> str:
