@@ -217,7 +217,9 @@ def import_gluoncv():
 def zoo_symbol(name: str):
     """A network of GluonCV's model zoo without its dropout, since no two frameworks draw alike."""
     with mx.name.NameManager():  # the names, from which the values follow, start anew
-        network = import_gluoncv().model_zoo.get_model(name, pretrained=False)
+        # NASNet's second classifier would be a second output.
+        options = {"use_aux": False} if name.startswith("nasnet") else {}
+        network = import_gluoncv().model_zoo.get_model(name, pretrained=False, **options)
         content = json.loads(network(mx.sym.Variable("data")).tojson())
     for node in content["nodes"]:
         if node["op"] == "Dropout":
