@@ -10,6 +10,8 @@ from engines.base import LOSS_FLOOR, TOP_K, Batch, Metrics, peak_process_memory,
 from mxnet_compat import mx
 
 DATA_NAME, LABEL_NAME = "data", "softmax_label"
+# Batches that may wait in MXNet's queue while another is computed.
+BATCHES_AHEAD = 2
 # Names of the arrays that an MXNet optimizer keeps for a parameter, in MXNet's order.
 STATE_SLOTS = {"nag": ("momentum",), "sgd": ("momentum",), "adam": ("mean", "variance")}
 
@@ -95,6 +97,9 @@ class DeviceMetrics:
         """One batch: (N, classes) probabilities, N labels, of which `count` are not IGNORED_LABEL."""
         self._rows.append(batch_sums(probabilities, labels))
         self._counts.append(count)
+        if len(self._rows) > BATCHES_AHEAD:
+            # MXNet queues without a bound: batches would pile up in memory, and a signal would wait for all of them.
+            self._rows[-1 - BATCHES_AHEAD].wait_to_read()
 
     def read(self) -> Metrics:
         """Sums since the last read; waits for the devices. Raises NonFiniteLoss."""

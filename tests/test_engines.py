@@ -54,3 +54,19 @@ def test_flags_of_pytorch_are_refused_for_mxnet(train, train_flags, capfd):
 def test_auto_takes_mxnet_where_it_can(train, train_flags, tmp_path):
     assert train(train_flags(epochs=1, lr_steps="")) == 0
     assert read_lines(tmp_path / "log" / "run")[0]["engine"] == "symbol"
+
+
+def test_mxnet_queues_few_batches(monkeypatch):
+    """A signal, and the memory of a run that is ahead, wait for what is queued."""
+    from engines.mxnet_common import BATCHES_AHEAD, DeviceMetrics
+    from mxnet_compat import mx
+
+    waited = []
+    wait = mx.nd.NDArray.wait_to_read
+    monkeypatch.setattr(mx.nd.NDArray, "wait_to_read", lambda array: (waited.append(array), wait(array))[1])
+    metrics = DeviceMetrics()
+    for hits in range(BATCHES_AHEAD + 3):
+        labels = mx.nd.array([0] * hits + [1] * (4 - hits))
+        metrics.add(mx.nd.array([[0.75, 0.25]] * 4), labels, 4)
+    assert [int(row[1].asscalar()) for row in waited] == [0, 1, 2]
+    assert metrics.read().count == 4 * (BATCHES_AHEAD + 3)
