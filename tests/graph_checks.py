@@ -173,6 +173,7 @@ class Comparison:
     statistics: float  # float32
     exact_outputs: float  # float64, training forward
     exact_gradients: float  # float64, the worst of all arguments
+    rounding: float  # of MXNet alone: its training forward in float32 against its own in float64
 
 
 def compare_network(symbol, inputs: dict[str, np.ndarray]) -> Comparison:
@@ -193,6 +194,7 @@ def compare_network(symbol, inputs: dict[str, np.ndarray]) -> Comparison:
         statistics=max((deviation(ours.auxiliary[n], state) for n, state in states.items()), default=0.0),
         exact_outputs=deviation(exact.outputs[0], exact_theirs.outputs[0]),
         exact_gradients=max(gradient_distances(exact.gradients, exact_theirs.gradients)),
+        rounding=deviation(theirs.outputs[0], exact_theirs.outputs[0]),
     )
 
 
