@@ -26,7 +26,14 @@ NOT_CLASSIFIERS = (
     *("custom", "hrnet_w18_small_v1_s", "hrnet_w18_small_v2_s", "hrnet_w48_s"),
 )
 # Image sizes to try, by parts of names; the first that the network takes is taken, to save time.
-SIZES = {"cifar": (32,), "nasnet_6": (331,), "inception": (160, 299), "xception": (160, 299), "": (128, 224)}
+SIZES = {
+    "cifar": (32,),
+    "nasnet_6": (331,),
+    "nasnet": (224,),
+    "inception": (160, 299),
+    "xception": (160, 299),
+    "": (128, 224),
+}
 DECLARED = {
     "se_resnext_cifar_20": ("se_resnext", {"depth": 20, "data_type": "cifar10"}),
     "se_resnext_18": ("se_resnext", {"depth": 18}),
