@@ -49,6 +49,11 @@ def _is_hidden(name: str) -> bool:
     return name.startswith(".")
 
 
+def _images_among(names: Iterable[str], endings: tuple[str, ...]) -> list[str]:
+    """The names that end as an image's does, sorted."""
+    return sorted(name for name in names if name.lower().endswith(endings) and not _is_hidden(name))
+
+
 def image_folders(root: Path, extensions: Iterable[str] = IMAGE_EXTENSIONS) -> Iterator[tuple[str, list[str]]]:
     """(folder, names of its images), both sorted, for every folder below `root` that holds images.
 
@@ -65,7 +70,7 @@ def image_folders(root: Path, extensions: Iterable[str] = IMAGE_EXTENSIONS) -> I
             continue
         above[folder] = (*parents, real)
         folders[:] = sorted(name for name in folders if not _is_hidden(name))
-        names = sorted(name for name in files if name.lower().endswith(wanted) and not _is_hidden(name))
+        names = _images_among(files, wanted)
         if names:
             yield Path(folder).relative_to(root).as_posix(), names
 
@@ -81,7 +86,7 @@ def folder_entries(
         raise UsageError(f"{root}: no such folder")
     wanted = tuple(extension.lower() for extension in extensions)
     if not recursive:
-        names = sorted(name for name in os.listdir(root) if name.lower().endswith(wanted) and not _is_hidden(name))
+        names = _images_among(os.listdir(root), wanted)
         if not names:
             raise UsageError(f"{root}: holds no images; --recursive looks in the folders below it, a class each")
         return [], (Entry((0.0,), name) for name in names)

@@ -165,7 +165,7 @@ class Engine(Protocol):
         """Class probabilities in inference mode, float32 (N, classes), padding rows included."""
 
     def read_metrics(self) -> Metrics:
-        """Training metrics summed since the last call; the only call that waits for the device.
+        """Training metrics summed since the last call; the only call that waits for all of them.
 
         Raises NonFiniteLoss when a batch's loss was NaN or infinite."""
 

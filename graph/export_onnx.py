@@ -9,9 +9,7 @@ import argparse
 import logging
 import warnings
 
-from atomic_file import AtomicFile
 from command_line import Parser
-from errors import ProjectError
 from graph.checkpoint_args import add_checkpoint_args
 
 
@@ -21,23 +19,16 @@ def main(argv: list[str]) -> int:
     import onnxruntime
     import onnxscript  # noqa: F401  PyTorch's exporter needs it and says so less clearly
 
-    from graph.trained import check_same, load_trained
+    from graph.trained import load_trained, write_checked
 
     trained = load_trained(args.prefix, args.epoch, args.image_size)
     content = to_onnx(trained)
 
-    def run(images):
-        return session.run(None, {session.get_inputs()[0].name: images})[0]
+    def open_written(path):
+        session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+        return lambda images: session.run(None, {session.get_inputs()[0].name: images})[0]
 
-    try:
-        with AtomicFile(args.output) as file:
-            file.write(content)
-            file.complete()
-            session = onnxruntime.InferenceSession(str(file.temporary), providers=["CPUExecutionProvider"])
-            worst = check_same(trained, run, "onnxruntime")
-    except OSError as error:
-        raise ProjectError(f"{args.output}: cannot be written ({error.strerror}); choose another -o") from error
-    print(f"{args.output}: {len(content) / 1e6:.1f} MB, logits within {worst:.1e} of the graph's")
+    write_checked(args.output, content, trained, open_written, "onnxruntime")
     return 0
 
 

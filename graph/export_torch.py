@@ -5,9 +5,7 @@ from __future__ import annotations
 import argparse
 import io
 
-from atomic_file import AtomicFile
 from command_line import Parser
-from errors import ProjectError
 from graph.checkpoint_args import add_checkpoint_args
 
 
@@ -15,24 +13,17 @@ def main(argv: list[str]) -> int:
     args = build_parser().parse_args(argv)
     import torch
 
-    from graph.trained import check_same, export_program, load_trained, logits
+    from graph.trained import export_program, load_trained, logits, write_checked
 
     trained = load_trained(args.prefix, args.epoch, args.image_size)
     content = io.BytesIO()
     torch.export.save(export_program(trained), content)
 
-    def run(images):
-        return logits(module, torch.from_numpy(images)).numpy()
+    def open_written(path):
+        module = torch.export.load(io.BytesIO(path.read_bytes())).module()
+        return lambda images: logits(module, torch.from_numpy(images)).numpy()
 
-    try:
-        with AtomicFile(args.output) as file:
-            file.write(content.getbuffer())
-            file.complete()
-            module = torch.export.load(io.BytesIO(file.temporary.read_bytes())).module()
-            worst = check_same(trained, run, "the exported program")
-    except OSError as error:
-        raise ProjectError(f"{args.output}: cannot be written ({error.strerror}); choose another -o") from error
-    print(f"{args.output}: {len(content.getbuffer()) / 1e6:.1f} MB, logits within {worst:.1e} of the graph's")
+    write_checked(args.output, content.getbuffer(), trained, open_written, "the exported program")
     return 0
 
 

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor, fx
 
+from atomic_file import AtomicFile
 from errors import ProjectError, UsageError
 from graph.checkpoint_args import DEFAULT_IMAGE_SIZE
 from graph.params_file import read_arrays
@@ -83,6 +84,24 @@ def export_program(trained: Trained) -> torch.export.ExportedProgram:
     rows = torch.export.Dim("batch", min=1)
     example = torch.zeros(2, 3, trained.image_size, trained.image_size)
     return torch.export.export(trained.module, (example,), dynamic_shapes={DATA_NAME: {0: rows}})
+
+
+def write_checked(
+    output: str,
+    content: bytes | memoryview,
+    trained: Trained,
+    open_written: Callable[[Path], Callable[[np.ndarray], np.ndarray]],
+    what: str,
+) -> None:
+    """Write an exported network, which gets its name once what `open_written` makes of the file passes `check_same`."""
+    try:
+        with AtomicFile(output) as file:
+            file.write(content)
+            file.complete()
+            worst = check_same(trained, open_written(file.temporary), what)
+    except OSError as error:
+        raise ProjectError(f"{output}: cannot be written ({error.strerror}); choose another -o") from error
+    print(f"{output}: {len(content) / 1e6:.1f} MB, logits within {worst:.1e} of the graph's")
 
 
 def check_same(trained: Trained, run: Callable[[np.ndarray], np.ndarray], what: str) -> float:
