@@ -18,7 +18,9 @@ class Conversion:
 
     resize: pixels of the short edge, 0 for none. center_crop: cut out the middle square first. quality: 1-100
     for JPEG, 1-9 for PNG. encoding: ".jpg" or ".png". color: RGB, GREY or AS_IS (with alpha and 16 bits where
-    the encoding holds them). pass_through: no image is changed; each is only checked.
+    the encoding holds them). pass_through: no image is changed; each is only checked. check: how, DECODE or MARKERS.
+    yuv_planes: JPEGs are resized as the planes that they store, not as RGB, where both files have chroma at half
+    resolution (4:2:0).
     """
 
     resize: int = 0
@@ -28,6 +30,7 @@ class Conversion:
     color: int = RGB
     pass_through: bool = False
     check: str = DECODE
+    yuv_planes: bool = False
 
     def __post_init__(self) -> None:
         best = 100 if self.encoding == JPEG else 9
@@ -37,3 +40,5 @@ class Conversion:
             raise UsageError(f"--resize {self.resize}: the short edge cannot be negative")
         if self.pass_through and (self.resize or self.center_crop):
             raise UsageError("--pass-through changes no image: leave out --resize and --center-crop")
+        if self.yuv_planes and (self.pass_through or self.encoding != JPEG or self.color == GREY):
+            raise UsageError("--yuv-planes makes colour JPEGs: leave out --pass-through, --encoding and --color")

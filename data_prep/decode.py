@@ -22,6 +22,7 @@ _JPEG_START = b"\xff\xd8\xff"
 _JPEG_END = b"\xff\xd9"
 _APP1, _SCAN = 0xE1, 0xDA
 _EXIF_START = b"Exif\0\0"
+_PNG_START = b"\x89PNG\r\n\x1a\n"
 _ORIENTATION_TAG = 0x0112
 _INKS = ("CMYK", "YCCK")
 # Sizes that libjpeg-turbo can decode to with its fast reduced transforms, largest reduction first.
@@ -110,8 +111,13 @@ def decode_image(data: bytes | memoryview, reduce: int = 1, scratch: Scratch | N
 
 
 def exif_orientation(data: bytes | memoryview) -> int:
-    """How a JPEG is to be turned to stand upright, 1 (not at all) to 8, by tag 0x0112 of the EXIF standard."""
-    start = _find_exif(data)
+    """How a JPEG, PNG or WebP is to be turned to stand upright, 1 (not at all) to 8, by EXIF's tag 0x0112."""
+    if is_jpeg(data):
+        start = _find_exif_in_jpeg(data)
+    elif _is_webp(data):
+        start = _find_exif_in_webp(data)
+    else:
+        start = _find_exif_in_png(data) if bytes(data[:8]) == _PNG_START else 0
     if not start:
         return 1
     order = "<" if data[start : start + 2] == b"II" else ">"
@@ -127,8 +133,47 @@ def exif_orientation(data: bytes | memoryview) -> int:
     return 1
 
 
-def _find_exif(data: bytes | memoryview) -> int:
-    """Where the TIFF structure of the EXIF segment begins, 0 where there is none before the pixels."""
+def turn_upright(image: np.ndarray, orientation: int) -> np.ndarray:
+    """The stored picture (H, W) or (H, W, C) as it is to be seen, by its EXIF orientation; contiguous."""
+    if orientation >= 5:
+        image = image.swapaxes(0, 1)
+    if orientation in (3, 4, 7, 8):
+        image = image[::-1]
+    if orientation in (2, 3, 6, 7):
+        image = image[:, ::-1]
+    return np.ascontiguousarray(image)
+
+
+def _is_webp(data: bytes | memoryview) -> bool:
+    return bytes(data[:4]) == b"RIFF" and bytes(data[8:12]) == b"WEBP"
+
+
+def _find_exif_in_webp(data: bytes | memoryview) -> int:
+    """Where the TIFF structure begins in a WebP, 0 where there is none."""
+    place = 12
+    while place + 8 <= len(data):
+        name, length = struct.unpack_from("<4sI", data, place)
+        place += 8
+        if name == b"EXIF":
+            # Some programs put what a JPEG's segment begins with before it.
+            return place + len(_EXIF_START) * (bytes(data[place : place + len(_EXIF_START)]) == _EXIF_START)
+        place += length + length % 2
+    return 0
+
+
+def _find_exif_in_png(data: bytes | memoryview) -> int:
+    """Where the TIFF structure begins in a PNG, 0 where there is none."""
+    place = len(_PNG_START)
+    while place + 8 <= len(data):
+        length, name = struct.unpack_from(">I4s", data, place)
+        if name == b"eXIf":
+            return place + 8
+        place += 12 + length
+    return 0
+
+
+def _find_exif_in_jpeg(data: bytes | memoryview) -> int:
+    """Where the TIFF structure of the EXIF segment of a JPEG begins, 0 where there is none before the pixels."""
     place = 2
     while place + 10 <= len(data) and data[place] == 0xFF and data[place + 1] != _SCAN:
         if data[place + 1] == _APP1 and data[place + 4 : place + 10] == _EXIF_START:
@@ -150,11 +195,15 @@ def _decode_unusual_jpeg(data: bytes | memoryview, error: ValueError) -> np.ndar
 
 def _decode_with_opencv(data: bytes | memoryview) -> np.ndarray:
     image = None
+    # OpenCV turns the other kinds upright by itself.
+    turn = _is_webp(data)
     if len(data):
         try:
-            image = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR)
+            flags = cv2.IMREAD_COLOR | (cv2.IMREAD_IGNORE_ORIENTATION if turn else 0)
+            image = cv2.imdecode(np.frombuffer(data, np.uint8), flags)
         except cv2.error as error:
             raise DecodeError(f"OpenCV cannot decode it ({error.err or error})") from None
     if image is None:
         raise DecodeError("no complete image of a format that OpenCV reads" if len(data) else "it holds no image bytes")
-    return cv2.cvtColor(image, cv2.COLOR_BGR2RGB, dst=image)
+    image = cv2.cvtColor(image, cv2.COLOR_BGR2RGB, dst=image)
+    return turn_upright(image, exif_orientation(data)) if turn else image

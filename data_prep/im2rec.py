@@ -27,6 +27,7 @@ from data_prep.lists import (
     write_classes,
     write_lists,
 )
+from data_prep.turbojpeg import load_library
 from data_prep.workers import default_workers, start_early
 from errors import UsageError, run_command
 
@@ -61,6 +62,10 @@ def add_pack_args(parser: argparse.ArgumentParser) -> None:
         "--check", choices=[DECODE, MARKERS], default=DECODE,
         help="of images that are packed as they are; markers: find JPEGs that are cut off, at the disk's speed",
     )  # fmt: skip
+    group.add_argument(
+        "--yuv-planes", action="store_true",
+        help="resize JPEGs as the planes they store, not as RGB: faster; needs libturbojpeg on the system",
+    )  # fmt: skip
     group.add_argument("--num-thread", type=int, default=default_workers(), help="worker processes")
     group.add_argument("--resume", action="store_true", help="continue an interrupted pack")
     group.add_argument(
@@ -74,12 +79,18 @@ def conversion_of(args: argparse.Namespace) -> Conversion:
     if args.num_thread < 1:
         raise UsageError(f"--num-thread {args.num_thread}: at least one worker is needed")
     quality = DEFAULT_QUALITY[args.encoding] if args.quality is None else args.quality
-    return Conversion(args.resize, args.center_crop, quality, args.encoding, args.color, args.pass_through, args.check)
+    return Conversion(
+        args.resize, args.center_crop, quality, args.encoding, args.color,
+        args.pass_through, args.check, args.yuv_planes,
+    )  # fmt: skip
 
 
 def pack_lists(lists: list[Path], root: Path, args: argparse.Namespace, all_labels: bool = True) -> int:
     """Pack every list beside itself and print a summary; returns the exit status."""
     conversion = conversion_of(args)
+    if conversion.yuv_planes:
+        # Said once, here, and not by every worker.
+        load_library()
     # Handing bytes to a worker and back costs more than following markers: one process keeps up with fast disks.
     workers = 1 if conversion.pass_through and conversion.check == MARKERS else args.num_thread
     start_early(workers)

@@ -5,6 +5,7 @@ Passed through untouched, or made upright RGB and encoded.
 
 from __future__ import annotations
 
+import functools
 import re
 
 import cv2
@@ -12,7 +13,17 @@ import numpy as np
 import simplejpeg
 
 from data_prep.conversion import AS_IS, DECODE, GREY, JPEG, MARKERS, PNG, Conversion
-from data_prep.decode import DecodeError, decode_image, exif_orientation, image_size, is_jpeg, reduction
+from data_prep.decode import (
+    MAX_PIXELS,
+    DecodeError,
+    decode_image,
+    exif_orientation,
+    image_size,
+    is_jpeg,
+    reduction,
+    turn_upright,
+)
+from data_prep.planes import PlaneDecoder
 
 _PLAIN_JPEG = "YCbCr"
 _INKS = ("CMYK", "YCCK")
@@ -35,10 +46,11 @@ def convert(data: bytes, conversion: Conversion) -> bytes:
     if size is not None and _is_wanted(data, size, conversion):
         check_complete(data, conversion.check)
         return data
+    if conversion.yuv_planes and size is not None and _has_halved_chroma(data, size):
+        return _convert_planes(data, size, conversion)
     image = _decode(data, size, conversion)
     if conversion.center_crop:
-        edge = min(image.shape[:2])
-        top, left = (image.shape[0] - edge) // 2, (image.shape[1] - edge) // 2
+        top, left, edge = _middle_square(*image.shape[:2])
         image = image[top : top + edge, left : left + edge]
     height, width = target_size(*image.shape[:2], conversion.resize)
     if (height, width) != image.shape[:2]:
@@ -105,17 +117,49 @@ def _is_wanted(data: bytes, size: tuple[int, int], conversion: Conversion) -> bo
     return min(size) == (conversion.resize or min(size)) and (square or not conversion.center_crop)
 
 
+def _middle_square(height: int, width: int) -> tuple[int, int, int]:
+    """(top, left, edge) of the largest square in the middle."""
+    edge = min(height, width)
+    return (height - edge) // 2, (width - edge) // 2, edge
+
+
+def _has_halved_chroma(data: bytes, size: tuple[int, int]) -> bool:
+    """Whether a JPEG of this size, upright and without inks, stores its chroma at half resolution both ways."""
+    return size[0] * size[1] <= MAX_PIXELS and simplejpeg.decode_jpeg_header(data)[2:] == (_PLAIN_JPEG, "420")
+
+
+def _convert_planes(data: bytes, size: tuple[int, int], conversion: Conversion) -> bytes:
+    """What `convert` does, on the planes of a JPEG whose chroma is halved."""
+    reduce = _reduction(size, conversion)
+    planes = _plane_decoder().decode(data, -(-size[0] // reduce), -(-size[1] // reduce))
+    if conversion.center_crop:
+        top, left, edge = _middle_square(*planes.y.shape)
+        planes = planes.crop(top, left, edge, edge)
+    return planes.resize(*target_size(*planes.y.shape, conversion.resize)).encode(conversion.quality)
+
+
+@functools.cache
+def _plane_decoder() -> PlaneDecoder:
+    """The decoder of this process: images are converted by one thread."""
+    return PlaneDecoder()
+
+
+def _reduction(size: tuple[int, int] | None, conversion: Conversion) -> int:
+    """How much smaller a JPEG of this size may be decoded, given what it is to be resized to."""
+    if size is None or not conversion.resize:
+        return 1
+    return reduction(*size, *target_size(*size, conversion.resize))
+
+
 def _decode(data: bytes, size: tuple[int, int] | None, conversion: Conversion) -> np.ndarray:
     """RGB, grey or (color AS_IS) whatever the file holds, at a reduced size where the target allows it."""
-    reduce = 1
-    if size is not None and conversion.resize:
-        reduce = reduction(*size, *target_size(*size, conversion.resize))
-    image = decode_image(data, reduce)
+    image = decode_image(data, _reduction(size, conversion))
     if conversion.color == GREY:
         return cv2.cvtColor(image, cv2.COLOR_RGB2GRAY)
-    if conversion.color == AS_IS and not (is_jpeg(data) and exif_orientation(data) != 1):
-        # The complete decode above is the check; this one keeps alpha, grey and 16 bits.
+    if conversion.color == AS_IS:
+        # The complete decode above is the check; this one keeps alpha, grey and 16 bits, and turns nothing upright.
         raw = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_UNCHANGED)
+        raw = turn_upright(raw, exif_orientation(data))
         if raw.ndim == 3:
             raw = cv2.cvtColor(raw, cv2.COLOR_BGRA2RGBA if raw.shape[2] == 4 else cv2.COLOR_BGR2RGB)
         return raw

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import io
 import struct
 
 import cv2
 import numpy as np
 import pytest
 import simplejpeg
+from image_files import encoded as by_pillow
+from PIL import Image, ImageOps
 
 from data_prep.decode import DecodeError, decode_image, exif_orientation, image_size, reduction
 
@@ -68,6 +71,18 @@ def test_exif_rotation_is_applied(orientation):
     upright = np.rot90(decode_image(encoded(".jpg")), {1: 0, 3: 2, 6: 3, 8: 1}[orientation])
     np.testing.assert_array_equal(decode_image(data), upright)
     assert image_size(data) == ((50, 70) if orientation == 1 else None)
+
+
+@pytest.mark.parametrize("kind", ["PNG", "WEBP"])
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_exif_rotation_of_other_formats_is_applied(kind, orientation):
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    stored = Image.fromarray(np.random.RandomState(0).randint(0, 256, (20, 30, 3), np.uint8))
+    data = by_pillow(stored, kind, exif=exif, lossless=True)
+    assert exif_orientation(data) == orientation
+    with Image.open(io.BytesIO(data)) as opened:
+        np.testing.assert_array_equal(decode_image(data), ImageOps.exif_transpose(opened).convert("RGB"))
 
 
 @pytest.mark.parametrize("kind", [".jpg", ".png", ".webp", ".bmp"])

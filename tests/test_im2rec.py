@@ -14,15 +14,19 @@ from pathlib import Path
 import cv2
 import numpy as np
 import pytest
+import simplejpeg
 from image_files import encoded, picture, rotated, write_tree
 from PIL import Image
 
 from data_prep import im2rec, lists_command, packing
 from data_prep.conversion import Conversion
-from data_prep.images import jpeg_reaches_its_end
+from data_prep.decode import DecodeError
+from data_prep.images import convert, jpeg_reaches_its_end
 from data_prep.lists import read_list
 from data_prep.packing import pack_list
+from data_prep.planes import Planes
 from data_prep.recordio import RecordFile
+from data_prep.turbojpeg import load_library
 from errors import ProjectError, UsageError, run_command
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -315,6 +319,115 @@ def test_color_option_with_png(tmp_path, color, channels, depth):
         np.testing.assert_array_equal(packed, deep)
 
 
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP"])
+def test_images_packed_with_alpha_stand_upright_too(tmp_path, kind):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    image = picture()
+    (tmp_path / "a.img").write_bytes(encoded(np.ascontiguousarray(np.rot90(image)), kind, exif=exif))
+    pack_list(write_list(tmp_path / "a.lst", ["a.img"]), tmp_path, Conversion(color=-1, encoding=".png", quality=1))
+    assert np.abs(images_of(tmp_path / "a.rec")[0].astype(int) - image).mean() < 4
+
+
+# --- planes instead of RGB ---
+
+
+def has_turbojpeg():
+    try:
+        load_library()
+    except UsageError:
+        return False
+    return True
+
+
+needs_turbojpeg = pytest.mark.skipif(not has_turbojpeg(), reason="libturbojpeg is not installed on the system")
+
+
+@needs_turbojpeg
+@pytest.mark.parametrize("shape", [(40, 60), (41, 61), (61, 40), (164, 246), (333, 501)])
+@pytest.mark.parametrize(
+    "options",
+    [{"resize": 40}, {"resize": 31}, {"center_crop": True}, {"center_crop": True, "resize": 21}, {"resize": 70}],
+    ids=str,
+)
+def test_planes_show_the_same_picture_as_rgb(shape, options):
+    data = encoded(picture(*shape), subsampling=2)
+    by_planes, by_rgb = convert(data, Conversion(yuv_planes=True, **options)), convert(data, Conversion(**options))
+    assert simplejpeg.decode_jpeg_header(by_planes) == simplejpeg.decode_jpeg_header(by_rgb)
+    difference = np.abs(simplejpeg.decode_jpeg(by_planes).astype(int) - simplejpeg.decode_jpeg(by_rgb))
+    assert difference.mean() < 5
+
+
+@needs_turbojpeg
+@pytest.mark.parametrize("shape", [(333, 500), (375, 501), (500, 333)])
+def test_chroma_of_planes_lies_where_luma_does(shape):
+    data = encoded(picture(*shape), subsampling=2)
+    images = [convert(data, Conversion(resize=256, yuv_planes=way)) for way in (False, True)]
+    by_rgb, by_planes = (simplejpeg.decode_jpeg(image).astype(int) for image in images)
+    difference = np.abs(by_planes - by_rgb)
+    for part in (difference, difference[0], difference[-1], difference[:, 0], difference[:, -1]):
+        assert part.mean() < 1
+
+
+@pytest.mark.parametrize("shape", [(16, 16), (15, 16), (16, 15), (15, 15)])
+def test_encoded_planes_depend_on_nothing_around_them(shape):
+    random = np.random.RandomState(0)
+    half = [-(-length // 2) for length in shape]
+    y, u, v = (random.randint(0, 256, size, np.uint8) for size in (shape, half, half))
+    found = set()
+    for around in range(0, 256, 15):
+        memory = np.full(32 * 33, around, np.uint8)
+        copy = memory[: y.size].reshape(shape)
+        copy[:] = y
+        found.add(Planes(copy, u, v).encode(90))
+    assert len(found) == 1
+    pixels = cv2.cvtColor(simplejpeg.decode_jpeg(found.pop()), cv2.COLOR_RGB2YCrCb)[..., 0]
+    assert np.abs(pixels.astype(int) - y).mean() < 12
+
+
+@needs_turbojpeg
+def test_planes_only_where_chroma_is_halved(tmp_path):
+    image = picture(80, 120)
+    for data in (
+        encoded(image, subsampling=0), encoded(image, subsampling=1), rotated(image, 6), encoded(image, "PNG"),
+        encoded(Image.fromarray(image).convert("L")), encoded(Image.fromarray(image).convert("CMYK")),
+    ):  # fmt: skip
+        assert convert(data, Conversion(resize=30, yuv_planes=True)) == convert(data, Conversion(resize=30))
+
+
+@needs_turbojpeg
+@pytest.mark.parametrize("damage", [lambda data: data[:-2], lambda data: data[: len(data) // 2]])
+def test_incomplete_planes_are_refused(damage):
+    data = encoded(np.random.RandomState(0).randint(0, 256, (90, 120, 3), np.uint8), subsampling=2)
+    assert convert(data, Conversion(resize=30, yuv_planes=True))
+    with pytest.raises(DecodeError, match="does not decode completely"):
+        convert(damage(data), Conversion(resize=30, yuv_planes=True))
+
+
+@needs_turbojpeg
+def test_packs_of_planes_are_the_same_for_any_number_of_workers(tmp_path):
+    tree = write_tree(tmp_path / "images", {"cat": 20, "dog": 20}, 83, 121)
+    packs = []
+    for workers in "12":
+        prefix = tmp_path / workers
+        im2rec.main(["--list", "--recursive", str(prefix), str(tree)])
+        assert im2rec.main(["--resize", "31", "--yuv-planes", "--num-thread", workers, str(prefix), str(tree)]) == 0
+        packs.append(prefix.with_suffix(".rec").read_bytes())
+    assert packs[0] == packs[1]
+
+
+def test_planes_without_the_library_are_refused_by_name(tmp_path, tree, monkeypatch):
+    load_library.cache_clear()
+    monkeypatch.setattr("data_prep.turbojpeg._LIBRARIES_ELSEWHERE", ["libturbojpeg_of_another_world.so"])
+    monkeypatch.setattr("data_prep.turbojpeg._LIBRARIES", {})
+    write_list(tmp_path / "a.lst", ["cat/000.jpg"])
+    try:
+        with pytest.raises(UsageError, match="--yuv-planes needs the library libturbojpeg: .*apt-get install"):
+            im2rec.main(["--resize", "20", "--yuv-planes", str(tmp_path / "a"), str(tree)])
+    finally:
+        load_library.cache_clear()
+
+
 def test_pass_through_changes_nothing(tmp_path):
     files = {"a.png": encoded(picture(), "PNG"), "b.jpg": rotated(picture(), 6), "c.webp": encoded(picture(), "WEBP")}
     for name, data in files.items():
@@ -342,6 +455,9 @@ def test_only_the_first_label_without_pack_label(tmp_path, capsys):
         (["--quality", "95", "--encoding", ".png"], "--quality 95: .png takes 1 to 9"),
         (["--resize", "-1"], "--resize -1"),
         (["--pass-through", "--resize", "9"], "--pass-through changes no image"),
+        (["--yuv-planes", "--pass-through"], "--yuv-planes makes colour JPEGs"),
+        (["--yuv-planes", "--encoding", ".png"], "--yuv-planes makes colour JPEGs"),
+        (["--yuv-planes", "--color", "0"], "--yuv-planes makes colour JPEGs"),
         (["--num-thread", "0"], "--num-thread 0"),
         (["--list", "--train-ratio", "0.9", "--test-ratio", "0.2"], "both ratios together"),
         (["--list", "--chunks", "0"], "--chunks must be 1"),
