@@ -6,6 +6,11 @@ import argparse
 from typing import NoReturn
 
 
+def counted(number: int, noun: str, plural: str | None = None) -> str:
+    """ "1 image", "2 images", "1 class", "2 classes"; the plural ends in "s" unless it is given."""
+    return f"{number} {noun if number == 1 else plural or noun + 's'}"
+
+
 class HelpFormatter(argparse.HelpFormatter):
     """Shows a flag's default unless its text speaks of one itself, or there is none to show (unset, a switch)."""
 

@@ -6,6 +6,7 @@ line it reads: `python -m benchmarks._contenders KIND PARAMS`.
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import sys
 import time
@@ -95,7 +96,7 @@ class TorchContenders:
         module.eval()
         with torch.inference_mode(), self._precision(task):
             output = module(data)
-            if task.who == "hand":
+            if task.who in ("hand", "timm"):
                 torch.softmax(output.float(), 1)
 
     def _train(self, task: Task, module, optimizer, loss: Callable) -> None:
@@ -125,6 +126,8 @@ class TorchContenders:
             return graph_module(self.params)
         if who == "hand":
             return hand_module(self.params)
+        if who == "timm":
+            return timm_module()
         if who == "folded":
             return optimize_for_inference(graph_module(self.params), prepack=False)
         assert who == "packed"
@@ -180,6 +183,19 @@ def hand_module(params: Mapping[str, np.ndarray]):
             for tensor, array in zip(tensors, arrays):
                 assert tensor.shape == array.shape
                 tensor.copy_(torch.from_numpy(np.array(array)))
+    return module.to(memory_format=torch.channels_last)
+
+
+def has_timm() -> bool:
+    """Whether timm can be compared with; it is not among the project's requirements, only benchmarks know it."""
+    return importlib.util.find_spec("timm") is not None
+
+
+def timm_module():
+    """timm's network of the same shape, with weights of its own."""
+    import torch
+
+    module = importlib.import_module("timm").create_model("seresnext50_32x4d", num_classes=CLASSES)
     return module.to(memory_format=torch.channels_last)
 
 

@@ -2,12 +2,23 @@
 
 from __future__ import annotations
 
-import importlib
 import time
 from pathlib import Path
 from typing import Callable
 
-from benchmarks._contenders import CLASSES, LR, MOMENTUM, SIDE, WD, graph_loss, graph_module, hand_loss, hand_module
+from benchmarks._contenders import (
+    CLASSES,
+    LR,
+    MOMENTUM,
+    SIDE,
+    WD,
+    graph_loss,
+    graph_module,
+    hand_loss,
+    hand_module,
+    has_timm,
+    timm_module,
+)
 
 BATCH = 256
 # Steps between two looks at the clock, and before the first: compilation, cuDNN's choice of algorithms.
@@ -46,11 +57,9 @@ def contenders(params: Path) -> tuple[dict[str, Callable[[], None]], dict[str, f
 
     arrays = read_arrays(params)
     makers = {"graph": lambda: graph_module(arrays), "hand-written": lambda: hand_module(arrays)}
-    try:
-        # Not among the project's requirements: only this comparison needs it.
-        timm = importlib.import_module("timm")
-        makers["timm"] = lambda: timm.create_model("seresnext50_32x4d", num_classes=CLASSES)
-    except ImportError:
+    if has_timm():
+        makers["timm"] = timm_module
+    else:
         print("timm is not installed (pip install timm): the hand-written module takes its place", flush=True)
     steps, peaks = {}, {}
     for name, make in makers.items():

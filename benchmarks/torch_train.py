@@ -23,11 +23,12 @@ from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 
-from benchmarks._contenders import Task
+from benchmarks._contenders import Task, has_timm
 
 # Seconds after which the threads of the last contender have stopped to wait for work actively.
 PAUSE = 0.3
 RESULTS = Path(__file__).resolve().parent / "results"
+PACKAGES = ("torch", "mxnet", "timm")
 # What decides how fast CPUs multiply, as /proc/cpuinfo calls it.
 FEATURES = ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "avx512_fp16", "amx_tile", "amx_bf16", "amx_int8")
 
@@ -68,7 +69,15 @@ def train_section(rows: int = 16) -> Section:
         ]
     contenders.append(Row("graph, float32, allocator as it is", "default", Task("graph", "train", "float32", rows)))
     ratios.append(("graph, float32", "graph, float32, allocator as it is", None))
+    add_timm(contenders, ratios, "train", rows)
     return Section(f"Training, batch {rows}", tuple(contenders), tuple(ratios), rounds=4)
+
+
+def add_timm(contenders: list[Row], ratios: list[tuple], mode: str, rows: int) -> None:
+    """timm's seresnext50_32x4d beside the graph, where it is installed."""
+    for dtype in ("float32", "bfloat16") if has_timm() else ():
+        contenders.append(Row(f"timm, {dtype}", "kept", Task("timm", mode, dtype, rows)))
+        ratios.append((f"graph, {dtype}", f"timm, {dtype}", None))
 
 
 def inference_section(rows: int = 16) -> Section:
@@ -81,6 +90,7 @@ def inference_section(rows: int = 16) -> Section:
         ratios.append((f"graph, {dtype}", "MXNet (symbol engine), float32", None))
     contenders.append(Row("graph, float32, allocator as it is", "default", Task("graph", "infer", "float32", rows)))
     ratios.append(("graph, float32", "graph, float32, allocator as it is", None))
+    add_timm(contenders, ratios, "infer", rows)
     return Section(f"Inference, batch {rows}", tuple(contenders), tuple(ratios), rounds=7)
 
 
@@ -172,7 +182,7 @@ def machine(threads: int) -> dict:
         "has": [flag for flag in FEATURES if flag in flags],
         "lacks": [flag for flag in FEATURES if flag not in flags],
         "threads": threads,
-        "versions": {"python": platform.python_version(), **{name: version(name) for name in ("torch", "mxnet")}},
+        "versions": {"python": platform.python_version(), **{name: version(name) for name in PACKAGES}},
     }
 
 
@@ -189,8 +199,9 @@ PREFACE = """# SE-ResNeXt-50 32x4d on PyTorch
 ratios the median (lowest to highest) of the ratios within a round. `hand-written` is `benchmarks/_handwritten.py`,
 `graph` what `to_torch` makes of the declared graph, both channels_last with the same optimizer; `torch engine` and
 `MXNet` are the engines of the trainer. `freed memory kept`: the C allocator keeps what is freed (`graph/memory.py`), as
-the torch engine sets it on CPUs; so do all rows of training and inference that do not say otherwise. What the other
-ideas did stands in `benchmarks/NOTES.md`."""
+the torch engine sets it on CPUs; so do all rows of training and inference that do not say otherwise. `timm`, where it
+is installed, is its `seresnext50_32x4d`, channels_last too, with the optimizer and loss of `hand-written`. What the
+other ideas did stands in `benchmarks/NOTES.md`."""
 CONTENDERS = ("| contender | images/s | lowest | highest |", "|---|---|---|---|")
 RATIOS = ("| ratio | median | lowest | highest | wanted |", "|---|---|---|---|---|")
 
@@ -204,12 +215,7 @@ def render(results: dict) -> str:
             lines += [section["note"]]
             continue
         rounds = len(next(iter(section["images_per_second"].values())))
-        lines += [
-            f"{rounds} alternating rounds.",
-            "",
-            "| contender | images/s | lowest | highest |",
-            "|---|---|---|---|",
-        ]
+        lines += [f"{rounds} alternating rounds.", "", *CONTENDERS]
         for title, speeds in section["images_per_second"].items():
             memory = section.get("peak_gib", {}).get(title)
             note = "" if memory is None else f" (peak {memory:.1f} GiB)"

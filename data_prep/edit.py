@@ -6,17 +6,18 @@ Images and labels are copied byte for byte, never decoded.
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
 
 import atomic_file
-from command_line import HelpFormatter, Parser
+from command_line import HelpFormatter, Parser, counted
 from data_prep.lists import CLASSES_FILE, LIST_SUFFIX, SHUFFLE_SEED, Entry, format_item
 from data_prep.progress import progress
-from data_prep.recordio import RecordFile, RecordWriter
-from data_prep.verify import classes_beside, image_format
+from data_prep.recordio import RecordFile, RecordReader, RecordWriter, is_range_record
+from data_prep.verify import classes_beside, image_format, verify
+from data_prep.workers import default_workers
 from errors import ProjectError, UsageError
 
 _SUFFIXES = {"JPEG": ".jpg", "PNG": ".png", "WebP": ".webp", "BMP": ".bmp", "TIFF": ".tif", "": ".bin"}
@@ -34,22 +35,43 @@ def _copy_classes(names: list[str], folder: Path) -> None:
         atomic_file.write_text(folder / CLASSES_FILE, "".join(f"{name}\n" for name in names))
 
 
-def cat(inputs: list[Path], output: Path) -> int:
-    """Merge packs, one after the other, under new keys 0, 1, ...; returns the number of records."""
+def cat(inputs: list[Path], output: Path, skip_damaged: bool = False, workers: int = 1) -> tuple[int, int]:
+    """Merge packs, one after the other, under new keys 0, 1, ...; returns the numbers of records and of those left out.
+
+    skip_damaged: leave out what `verify` would complain about, instead of failing there; `workers` check the images.
+    """
     _refuse_own_inputs(inputs, [output])
     names = {tuple(classes_beside(path)) for path in inputs} - {()}
     if len(names) > 1:
         raise UsageError(f"the packs' {CLASSES_FILE} differ: a label does not mean the same class in all of them")
     output.parent.mkdir(parents=True, exist_ok=True)
-    key = 0
+    key = left_out = 0
     with RecordWriter(output) as writer:
         for path in inputs:
-            with RecordFile(path) as file:
-                for number in progress(range(len(file)), path.name):
-                    writer.write(key, file.read(number))
-                    key += 1
+            records, damaged = _whole_records(path, workers) if skip_damaged else (_records(path), 0)
+            left_out += damaged
+            for record in records:
+                writer.write(key, record)
+                key += 1
+        if not key:
+            raise ProjectError(f"{inputs[0]}: holds no whole record; {output} is not written")
     _copy_classes(list(*names), output.parent)
-    return key
+    return key, left_out
+
+
+def _records(path: Path) -> Iterator[memoryview]:
+    """All records of a pack, in the order of its index."""
+    with RecordFile(path) as file:
+        for number in progress(range(len(file)), path.name):
+            yield file.read(number)
+
+
+def _whole_records(path: Path, workers: int) -> tuple[Iterator[memoryview], int]:
+    """(the records in which `verify` finds nothing wrong, in the order of the file; the number of the others)."""
+    report, frames, _ = verify(path, len(classes_beside(path)) or None, workers)
+    reader = RecordReader(path)
+    whole = (reader.read(frame) for number, frame in enumerate(frames) if number not in report.bad)
+    return (record for record in whole if not is_range_record(record)), len(report.problems)
 
 
 def split(path: Path, outputs: list[Path], shares: list[float], seed: int) -> list[int]:
@@ -126,8 +148,14 @@ def cat_main(argv: list[str] | None = None) -> int:
     parser = _parser("cat", "Merge packs into one, one after the other; keys are given anew.")
     parser.add_argument("files", type=Path, nargs="+", help="the .rec files")
     parser.add_argument("-o", "--output", type=Path, required=True, help="the .rec file to write")
+    parser.add_argument(
+        "--skip-damaged", action="store_true",
+        help="check every record as `verify` does, and leave out those that are cut off or do not decode",
+    )  # fmt: skip
+    parser.add_argument("--num-thread", type=int, default=default_workers(), help="worker processes that check")
     args = parser.parse_args(argv)
-    print(f"{args.output}: {cat(args.files, args.output)} records")
+    count, left_out = cat(args.files, args.output, args.skip_damaged, args.num_thread)
+    print(f"{args.output}: {counted(count, 'record')}" + (f", {left_out} left out" if args.skip_damaged else ""))
     return 0
 
 
@@ -145,7 +173,7 @@ def split_main(argv: list[str] | None = None) -> int:
     if len({path.resolve() for path in args.outputs}) != len(args.outputs):
         raise UsageError("an output is named twice")
     for path, count in zip(args.outputs, split(args.file, args.outputs, shares, args.seed)):
-        print(f"{path}: {count} records")
+        print(f"{path}: {counted(count, 'record')}")
     return 0
 
 
@@ -155,5 +183,5 @@ def extract_main(argv: list[str] | None = None) -> int:
     parser.add_argument("file", type=Path, help="the .rec file")
     parser.add_argument("folder", type=Path, help="folder to write into")
     args = parser.parse_args(argv)
-    print(f"{args.folder}: {extract(args.file, args.folder)} images")
+    print(f"{args.folder}: {counted(extract(args.file, args.folder), 'image')}")
     return 0

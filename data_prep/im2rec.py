@@ -15,7 +15,7 @@ if not __package__:
     # Run as a script: the project's folder takes the place of this one, whose modules are no top-level names.
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
-from command_line import HelpFormatter, Parser
+from command_line import HelpFormatter, Parser, counted
 from data_prep.conversion import DECODE, DEFAULT_QUALITY, JPEG, MARKERS, PNG, Conversion
 from data_prep.lists import (
     CLASSES_FILE,
@@ -107,10 +107,10 @@ def make_lists(prefix: str, entries, classes: list[str], args: argparse.Namespac
         train_ratio=args.train_ratio, test_ratio=args.test_ratio,
     )  # fmt: skip
     for path, count in written.items():
-        print(f"{path}: {count} images")
+        print(f"{path}: {counted(count, 'image')}")
     if classes:
         write_classes(Path(prefix).parent / CLASSES_FILE, classes)
-        print(f"{Path(prefix).parent / CLASSES_FILE}: {len(classes)} classes")
+        print(f"{Path(prefix).parent / CLASSES_FILE}: {counted(len(classes), 'class', 'classes')}")
     return list(written)
 
 

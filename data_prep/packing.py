@@ -19,6 +19,7 @@ from itertools import islice
 from pathlib import Path
 
 import atomic_file
+from command_line import counted
 from data_prep.conversion import Conversion
 from data_prep.lists import Item, check_list, read_list
 from data_prep.progress import Counter
@@ -276,11 +277,12 @@ def report(outcomes: list[Packed], allowed: int) -> int:
     """
     for packed in outcomes:
         resumed = f" ({packed.resumed} of them by an earlier run)" if packed.resumed else ""
-        print(f"{packed.path}: {packed.written} images packed, {packed.rejected} left out{resumed}")
+        print(f"{packed.path}: {counted(packed.written, 'image')} packed, {packed.rejected} left out{resumed}")
         if packed.rejected:
             print(f"  see {packed.path.with_suffix('.rejected.tsv')}")
     rejected = sum(packed.rejected for packed in outcomes)
     if rejected <= allowed:
         return 0
-    print(f"{rejected} images were left out, {allowed} allowed (--allow-rejects)", file=sys.stderr)
+    were = "was" if rejected == 1 else "were"
+    print(f"{counted(rejected, 'image')} {were} left out, {allowed} allowed (--allow-rejects)", file=sys.stderr)
     return 1

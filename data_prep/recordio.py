@@ -129,36 +129,39 @@ class _Bytes:
         self._file.close()
 
 
-def _frame_at(data: bytes, offset: int, first: bool) -> tuple[int, int]:
+def _frame_at(data: bytes, first: bool) -> tuple[int, int]:
     """(cflag, length) of the part that `data` begins with; RecordError says what is wrong with it."""
     if len(data) < _FRAME.size:
-        raise RecordError(f"the file ends inside a record (offset {offset})")
+        raise RecordError("the file ends inside a record")
     magic, word = _FRAME.unpack_from(data)
     if magic != MAGIC:
-        raise RecordError(f"no record begins here (0x{magic:08X} instead of the magic number, offset {offset})")
+        raise RecordError(f"no record begins here (0x{magic:08X} instead of the magic number)")
     cflag, length = word >> 29, word & (MAX_PAYLOAD - 1)
     if cflag not in ((_WHOLE, _FIRST) if first else (_MIDDLE, _LAST)):
         where = "begins in the middle of a record" if first else "is cut off: another record follows its first part"
-        raise RecordError(f"the record {where} (part kind {cflag}, offset {offset})")
+        raise RecordError(f"the record {where} (part kind {cflag})")
     return cflag, length
 
 
 def _parts(source: _Bytes, offset: int, head: bytes) -> Iterator[tuple[int, int]]:
     """(offset, length) of every part of the record at `offset`; `head` is what was read there already."""
-    cflag, length = _frame_at(head, offset, first=True)
+    cflag, length = _frame_at(head, first=True)
     total = length
     while True:
         if offset + _FRAME.size + length > source.size:
             missing = offset + _FRAME.size + length - source.size
-            raise RecordError(f"the file ends {missing} bytes before the record does (offset {offset})")
+            raise RecordError(f"the file ends {missing} bytes before the record does")
         yield offset + _FRAME.size, length
         if cflag in (_WHOLE, _LAST):
             return
         offset += _FRAME.size + (length + 3 & ~3)
-        cflag, length = _frame_at(source.read(offset, _FRAME.size), offset, first=False)
+        try:
+            cflag, length = _frame_at(source.read(offset, _FRAME.size), first=False)
+        except RecordError as error:
+            raise RecordError(f"{error}, at its part at offset {offset}") from None
         total += len(MAGIC_BYTES) + length
         if total >= MAX_PAYLOAD:
-            raise RecordError(f"the record's parts add up to 512 MiB or more (offset {offset})")
+            raise RecordError("the record's parts add up to 512 MiB or more")
 
 
 def _frame(source: _Bytes, offset: int) -> Frame:
@@ -200,7 +203,7 @@ def _next_record(source: _Bytes, offset: int) -> int:
         while place >= 0:
             if place % 4 == 0:
                 with contextlib.suppress(RecordError):
-                    _frame_at(source.read(offset + place, _FRAME.size), offset + place, first=True)
+                    _frame_at(source.read(offset + place, _FRAME.size), first=True)
                     return offset + place
             place = block.find(MAGIC_BYTES, place + 1)
         # Blocks are aligned and so is the magic number of a record: none lies across two blocks.

@@ -94,7 +94,10 @@ def build_parser() -> argparse.ArgumentParser:
     # The one place where this room looks into training/, and only for what the user asked to see.
     from training.augment_options import add_augment_args
 
-    parser = Parser("python -m data_prep show", description=__doc__, formatter_class=HelpFormatter)
+    parser = Parser(
+        "python -m data_prep show", formatter_class=HelpFormatter,
+        description="Draw samples of a pack with their labels, before or after augmentation.",
+    )  # fmt: skip
     parser.add_argument("file", type=Path, help="the .rec file")
     parser.add_argument("-o", "--output", type=Path, default=Path("grid.png"), help="the picture to write")
     parser.add_argument("--grid", default="8x8", help="rows x columns")

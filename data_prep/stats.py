@@ -63,7 +63,10 @@ def channel_stats(path: Path, workers: int) -> tuple[np.ndarray, np.ndarray, int
 
 def main(argv: list[str] | None = None) -> int:
     """The command `stats`."""
-    parser = Parser("python -m data_prep stats", description=__doc__, formatter_class=HelpFormatter)
+    parser = Parser(
+        "python -m data_prep stats", formatter_class=HelpFormatter,
+        description="Print mean and standard deviation of the channels over all pixels of a pack; uses all cores.",
+    )  # fmt: skip
     parser.add_argument("file", type=Path, help="the .rec file")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     parser.add_argument("--num-thread", type=int, default=default_workers(), help="worker processes")

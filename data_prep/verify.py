@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import atomic_file
-from command_line import HelpFormatter, Parser
+from command_line import HelpFormatter, Parser, counted
 from data_prep import progress
 from data_prep.lists import CLASSES_FILE, read_classes
 from data_prep.recordio import (
@@ -44,12 +44,14 @@ class Checked(NamedTuple):
 
 @dataclass
 class Report:
-    """Sums over a pack; `problems` are lines that name record and offset, in the order of the file."""
+    """Sums over a pack; `problems` are lines that name record and offset, in the order of the file. bad: numbers of the
+    records among them, as they are framed."""
 
     records: int = 0
     ranges: int = 0
     image_bytes: int = 0
     problems: list[str] = field(default_factory=list)
+    bad: set[int] = field(default_factory=set)
     labels: Counter = field(default_factory=Counter)
     widths: Counter = field(default_factory=Counter)
     sizes: list[tuple[int, int]] = field(default_factory=list)
@@ -127,6 +129,7 @@ def verify(path: Path, classes: int | None, workers: int) -> tuple[Report, list[
 def _add(report: Report, frame: Frame, checked: Checked) -> None:
     if checked.problem:
         report.problems.append(f"record {report.records} at offset {frame.offset}: {checked.problem}")
+        report.bad.add(report.records)
     elif checked.size is None:
         report.ranges += 1
     else:
@@ -181,9 +184,10 @@ def _range(values: list[int]) -> str:
 def summary(path: Path, report: Report, names: list[str]) -> list[str]:
     """Lines that describe the pack."""
     images = len(report.sizes)
-    lines = [f"{path}: {path.stat().st_size} bytes, {report.records} records, {images} whole images"]
+    found = f"{counted(report.records, 'record')}, {counted(images, 'whole image')}"
+    lines = [f"{path}: {path.stat().st_size} bytes, {found}"]
     if report.ranges:
-        lines.append(f"  {report.ranges} records without image (ranges of keys, insightface kind)")
+        lines.append(f"  {counted(report.ranges, 'record')} without image (ranges of keys, insightface kind)")
     if not images:
         return lines
     counts = report.labels
@@ -217,7 +221,10 @@ def classes_beside(path: Path, given: Path | None = None) -> list[str]:
 
 def main(argv: list[str] | None = None) -> int:
     """The command `verify`."""
-    parser = Parser("python -m data_prep verify", description=__doc__, formatter_class=HelpFormatter)
+    parser = Parser(
+        "python -m data_prep verify", formatter_class=HelpFormatter,
+        description="Check that every record of a pack is framed, labelled and decodable, and that its index agrees.",
+    )  # fmt: skip
     parser.add_argument("file", type=Path, help="the .rec file")
     parser.add_argument("--num-classes", type=int, help=f"labels must be below this; unset: lines of {CLASSES_FILE}")
     parser.add_argument("--fix-index", action="store_true", help="write the .idx anew when it is wrong")
@@ -229,7 +236,8 @@ def main(argv: list[str] | None = None) -> int:
     index_problems = check_index(args.file, frames)
     if index_problems and args.fix_index and frames:
         write_index(args.file, frames, header_number)
-        print(f"{index_path_of(args.file)}: written anew, {len(frames)} records; it was wrong: {index_problems[0]}")
+        records = counted(len(frames), "record")
+        print(f"{index_path_of(args.file)}: written anew, {records}; it was wrong: {index_problems[0]}")
         index_problems = []
     print("\n".join(summary(args.file, report, names)))
     problems = report.problems + index_problems
@@ -239,5 +247,10 @@ def main(argv: list[str] | None = None) -> int:
         print(f"problem: {problem}", file=sys.stderr)
     if len(problems) > args.max_problems:
         print(f"... and {len(problems) - args.max_problems} more problems", file=sys.stderr)
-    print(f"{len(problems)} problem{'s' if len(problems) > 1 else ''}" if problems else "no problems")
+    print(counted(len(problems), "problem") if problems else "no problems")
+    if report.problems and report.sizes:
+        copy = args.file.with_name(f"{args.file.stem}_whole.rec")
+        print(f"what is whole can be saved: python -m data_prep cat --skip-damaged {args.file} -o {copy}")
+    elif index_problems and frames:
+        print(f"the index can be written anew: python -m data_prep verify {args.file} --fix-index")
     return 1 if problems else 0

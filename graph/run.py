@@ -12,12 +12,14 @@ from pathlib import Path
 import numpy as np
 
 from command_line import Parser
+from data_prep.lists import CLASSES_FILE
 from errors import UsageError
 from graph.checkpoint_args import add_checkpoint_args
 
 TOP = 5
 # Pictures computed at a time.
 ROWS = 16
+CLASSES_HELP = f"names of the classes, one a line, in the order of labels; unset: {CLASSES_FILE} beside the run's packs"
 
 
 def main(argv: list[str]) -> int:
@@ -25,7 +27,7 @@ def main(argv: list[str]) -> int:
     missing = [path for path in args.images if not Path(path).is_file()]
     if missing:
         raise UsageError(f"no such image: {', '.join(missing)}")
-    names = read_classes(args.classes) if args.classes else None
+    given = read_classes(args.classes) if args.classes else None
     from graph.trained import load_trained
 
     trained = load_trained(args.prefix, args.epoch, args.image_size)
@@ -34,7 +36,8 @@ def main(argv: list[str]) -> int:
     for start in range(0, len(args.images), ROWS):
         paths = args.images[start : start + ROWS]
         probabilities = predict(np.stack([prepare(path) for path in paths]))
-        check_class_count(names, probabilities.shape[1], args.classes)
+        check_class_count(given, probabilities.shape[1], args.classes)
+        names = given or classes_of_run(trained.arguments, probabilities.shape[1])
         for path, row in zip(paths, probabilities):
             print("\n".join(describe(path, row, names)), flush=True)
     return 0
@@ -48,7 +51,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     add_checkpoint_args(parser)
     parser.add_argument("images", nargs="+", metavar="IMAGE", help="JPEG, PNG or what else OpenCV decodes")
-    parser.add_argument("--classes", metavar="FILE", help="names of the classes, one a line, in the order of labels")
+    parser.add_argument("--classes", metavar="FILE", help=CLASSES_HELP)
     return parser
 
 
@@ -58,6 +61,15 @@ def read_classes(path: str) -> list[str]:
         return Path(path).read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise UsageError(f"cannot read the names of the classes, {path}: {error}") from None
+
+
+def classes_of_run(arguments: Mapping[str, object], count: int) -> list[str] | None:
+    """The names beside the packs that a network was trained with, as far as they are still there and so many."""
+    for pack in (arguments.get("train_rec"), arguments.get("val_rec")):
+        names = Path(str(pack)).parent / CLASSES_FILE
+        if pack and names.is_file() and len(found := read_classes(str(names))) == count:
+            return found
+    return None
 
 
 def check_class_count(names: Sequence[str] | None, classes: int, path: str | None) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -46,6 +47,8 @@ def load_trained(prefix: str, epoch: int, image_size: int | None = None) -> Trai
         raise UsageError(f"--image-size {image_size} is no size")
     graph = without_loss(load(f"{prefix}-symbol.json"))
     stem = f"{prefix}-{epoch:04d}"
+    if not Path(f"{stem}.params").exists():
+        raise UsageError(f"{stem}.params: no such file; {saved_epochs(prefix)}")
     params = read_arrays(f"{stem}.params")
     if not isinstance(params, dict):
         raise UsageError(f"{stem}.params: the arrays have no names")
@@ -57,6 +60,14 @@ def load_trained(prefix: str, epoch: int, image_size: int | None = None) -> Trai
     except UsageError as error:
         raise UsageError(f"{stem}.params: {error}") from None
     return Trained(module, size, arguments)
+
+
+def saved_epochs(prefix: str) -> str:
+    """Which epochs there are under a prefix, in words."""
+    stem = Path(prefix)
+    files = stem.parent.glob(f"{glob.escape(stem.name)}-[0-9][0-9][0-9][0-9].params")
+    found = sorted(int(path.stem[-4:]) for path in files)
+    return f"saved are the epochs {', '.join(map(str, found))}" if found else f"no epoch of {prefix} is there"
 
 
 def without_loss(graph: Graph) -> Graph:

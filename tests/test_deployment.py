@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import cv2
@@ -117,8 +118,11 @@ def test_differences_between_params_and_graph_are_listed_together(prefix):
 
 
 def test_missing_files_and_sizes(prefix):
-    with pytest.raises(UsageError, match="net-0009.params"):
+    with pytest.raises(UsageError, match="net-0009.params: no such file; saved are the epochs 3$"):
         load_trained(prefix, 9)
+    shutil.copy(f"{prefix}-symbol.json", f"{prefix}2-symbol.json")
+    with pytest.raises(UsageError, match="net2-0003.params: no such file; no epoch of .*net2 is there"):
+        load_trained(f"{prefix}2", 3)
     with pytest.raises(GraphError, match="nothing-symbol.json"):
         load_trained("nothing", 1)
     with pytest.raises(UsageError, match="--image-size 0"):
@@ -153,6 +157,16 @@ def test_run_prints_the_most_probable_classes(prefix, picture, tmp_path, capsys)
 def test_run_without_names(prefix, picture, capsys):
     assert run.main([prefix, "3", picture]) == 0
     assert "%  class " in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("count", "found"), [(CLASSES, "%  kind "), (CLASSES + 1, "%  class ")])
+def test_run_takes_the_names_beside_the_packs(prefix, picture, tmp_path, capsys, count, found):
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "classes.txt").write_text("".join(f"kind {label}\n" for label in range(count)))
+    arguments = {"image_size": SIZE, "train_rec": str(tmp_path / "data" / "train.rec"), "val_rec": None}
+    Path(f"{prefix}-0003.json").write_text(json.dumps({"arguments": arguments}))
+    assert run.main([prefix, "3", picture]) == 0
+    assert capsys.readouterr().out.count(found) == 5
 
 
 def test_run_refuses_in_one_line(prefix, picture, tmp_path):

@@ -57,7 +57,8 @@ def problems(path, capsys, *options):
     return status, capsys.readouterr().err
 
 
-def test_verify_names_damage_of_every_kind_and_goes_on(rec, capsys):
+def damage(rec):
+    """Damage every kind of thing in eight records; returns the offsets of all 60."""
     with RecordFile(rec) as file:
         offsets = file.offsets.tolist()
     data = bytearray(rec.read_bytes())
@@ -68,6 +69,11 @@ def test_verify_names_damage_of_every_kind_and_goes_on(rec, capsys):
     data[offsets[32] + 12 : offsets[32] + 16] = np.float32(np.nan).tobytes()
     data[offsets[40] + 8 : offsets[40] + 12] = b"\xff\xff\xff\x7f"  # more labels than bytes
     rec.write_bytes(data[: offsets[59] + 30])
+    return offsets
+
+
+def test_verify_names_damage_of_every_kind_and_goes_on(rec, capsys):
+    offsets = damage(rec)
     status, errors = problems(rec, capsys)
     assert status == 1
     for text in (
@@ -82,6 +88,30 @@ def test_verify_names_damage_of_every_kind_and_goes_on(rec, capsys):
     ):
         assert text in errors
     assert errors.count("problem:") == 8
+    # An offset is said once, and the way out is.
+    assert errors.count(str(offsets[59])) == 1
+    assert verify.main([str(rec), *QUIET]) == 1
+    assert f"cat --skip-damaged {rec} -o " in capsys.readouterr().out
+
+
+def test_cat_saves_what_is_whole(rec, tmp_path, capsys):
+    good = [payload for _, payload in contents(rec)]
+    damage(rec)
+    with pytest.raises(UsageError, match="set.rec"):
+        edit.cat_main([str(rec), "-o", str(tmp_path / "all.rec")])
+    assert not (tmp_path / "all.rec").exists()
+    saved = tmp_path / "whole" / "saved.rec"
+    for options in ([], QUIET):
+        assert edit.cat_main([str(rec), "-o", str(saved), "--skip-damaged", *options]) == 0
+        assert "53 records, 7 left out" in capsys.readouterr().out
+        kept = [payload for number, payload in enumerate(good) if number not in (3, 19, 30, 31, 32, 40, 59)]
+        assert [payload for _, payload in contents(saved)] == kept
+        assert verify.main([str(saved), *QUIET]) == 0
+        capsys.readouterr()
+    rec.write_bytes(bytes(64))
+    with pytest.raises(ProjectError, match="holds no whole record"):
+        edit.cat_main([str(rec), "-o", str(tmp_path / "none.rec"), "--skip-damaged", *QUIET])
+    assert not (tmp_path / "none.rec").exists()
 
 
 def test_verify_fixes_an_index(rec, capsys):

@@ -160,7 +160,7 @@ def test_nothing_left_to_train(train, train_flags, capfd, tmp_path):
     before = read_lines(tmp_path / "log" / "run")
     capfd.readouterr()
     assert train(train_flags(epochs=1, lr_steps="", resume=True)) == 0
-    assert "run-0001 has completed 1 epochs and --epochs is 1: nothing is left to train" in capfd.readouterr().err
+    assert "run-0001 has completed 1 epoch and --epochs is 1: nothing is left to train" in capfd.readouterr().err
     assert read_lines(tmp_path / "log" / "run") == before
     flags = train_flags(epochs=1, lr_steps="", model_load_epoch=1, retrain=True)
     refuse(train, flags, capfd, "--epochs is 1; raise it")

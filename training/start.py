@@ -11,6 +11,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from command_line import counted
 from engines.base import TrainState
 from errors import UsageError
 from training.checkpoint import Checkpoint, check_params, find_latest, load_checkpoint
@@ -129,7 +130,7 @@ def _continue(args, checkpoint: Checkpoint, shapes, steps_per_epoch: int, messag
     schedule = _continued_schedule(args, steps_per_epoch, manifest, update)
     start = Start(state, position, schedule, continued_from=checkpoint.path, messages=messages)
     if start.finished(args.epochs):
-        text = f"{checkpoint.path.stem} has completed {position.epoch} epochs and --epochs is {args.epochs}"
+        text = f"{checkpoint.path.stem} has completed {counted(position.epoch, 'epoch')} and --epochs is {args.epochs}"
         if args.retrain:
             raise UsageError(f"{text}; raise it")
         messages.append(f"{text}: nothing is left to train; a larger --epochs goes on")
