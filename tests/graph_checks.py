@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import sys
@@ -14,7 +15,7 @@ import torch
 from graph.shapes import infer
 from graph.symbol_json import parse
 from graph.to_torch import load_params, named_tensors, names_of, read_params, to_torch
-from graph.torch_ops import BatchNorm
+from graph.torch_ops import OPS, BatchNorm, Op
 from mxnet_compat import mx
 
 
@@ -153,6 +154,48 @@ def gradient_distances(some: dict[str, np.ndarray], other: dict[str, np.ndarray]
     ]
 
 
+class MXNetBilinearResize(torch.nn.Module):
+    """BilinearResize2D with align_corners as MXNet does it in float64 too: with weights computed in float32."""
+
+    def __init__(self, height: int, width: int):
+        super().__init__()
+        self.size = height, width
+
+    def forward(self, data: torch.Tensor) -> torch.Tensor:
+        for axis, length in zip((2, 3), self.size):
+            before = data.shape[axis]
+            scale = np.float32(before - 1) / np.float32(max(length - 1, 1))
+            place = scale * np.arange(length, dtype=np.float32)
+            low = place.astype(np.int64)
+            shape = [length, 1] if axis == 2 else [length]
+            weight = torch.from_numpy((place - low.astype(np.float32)).astype(np.float64)).reshape(shape)
+            # Where shapes are found, data have none of their own, and lie on another device.
+            rows = (torch.from_numpy(index).to(data.device) for index in (low, np.minimum(low + 1, before - 1)))
+            below, above = (data.index_select(axis, index) for index in rows)
+            weight = weight.to(data)
+            data = (1 - weight) * below + weight * above
+        return data
+
+
+@contextlib.contextmanager
+def mxnet_rounding():
+    """Graphs translated here compute with what MXNet rounds to float32 when the data are float64."""
+    name = "_contrib_BilinearResize2D"
+    known = OPS[name]
+
+    def rounded(call, data):
+        if not call.boolean("align_corners", True):
+            return known.translate(call, data)
+        call.choice("mode", ("size",), "size")
+        return call.module(MXNetBilinearResize(call.integer("height"), call.integer("width")), data)
+
+    OPS[name] = Op(rounded)
+    try:
+        yield
+    finally:
+        OPS[name] = known
+
+
 def settled(symbol, inputs: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     """Moving statistics of a network that has seen `inputs` for long, so that activations keep their range."""
     module = translated(symbol, inputs).train()
@@ -187,7 +230,8 @@ def compare_network(symbol, inputs: dict[str, np.ndarray]) -> Comparison:
     ours, theirs = (run(symbol, inputs, True, False) for run in (run_torch, run_mxnet))
     # MXNet moves the statistics in the backward pass.
     states = run_mxnet(symbol, inputs, True).auxiliary
-    exact, exact_theirs = (run(symbol, inputs, True, dtype="float64") for run in (run_torch, run_mxnet))
+    with mxnet_rounding():
+        exact, exact_theirs = (run(symbol, inputs, True, dtype="float64") for run in (run_torch, run_mxnet))
     return Comparison(
         inference=deviation(*inference),
         training=deviation(ours.outputs[0], theirs.outputs[0]),
