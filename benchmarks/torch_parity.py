@@ -166,9 +166,9 @@ deviate by more than {WANTED:g} in float32 are therefore compared once more with
 branches scaled to a fifth, as trained ones are small beside their shortcuts, and {DAMPED_BATCH} images. The last column
 is the largest of the three float32 deviations then.
 
-Given float64, MXNet still holds LeakyReLU's slope (darknet53) and the weights of BilinearResize2D (residual attention)
-in float32. So do ours in the float64 columns: without that, ReLUs turned on or off by a difference of 1e-7 changed
-gradients of the residual attention networks by up to 0.15.
+Given float64, MXNet still computes LeakyReLU's negative side (darknet53) and the weights of BilinearResize2D (residual
+attention) in float32. In the float64 columns our weights of BilinearResize2D are rounded like that: without it, ReLUs
+turned on or off by a difference of 1e-7 changed gradients of the residual attention networks by up to 0.15.
 
 Measured: {len(rows)} of {len(rows) + len(waiting)} networks. Not yet: {", ".join(waiting) or "none"}.
 

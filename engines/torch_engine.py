@@ -180,7 +180,7 @@ class TorchEngine:
 
     def _gradients(self, images: np.ndarray, labels: np.ndarray, last: bool) -> Tensor:
         """Add the gradients of a micro-batch to those that are there; returns batch_sums(). last: of its batch."""
-        own = torch.from_numpy(labels).to(self._device, non_blocking=True)
+        own = self._on_device(labels)
         alone = self._group.size == 1
         waits = contextlib.nullcontext() if alone or last else self._train_forward.no_sync()
         with waits, contextlib.nullcontext() if alone else peers_watched():
@@ -207,8 +207,14 @@ class TorchEngine:
 
     def _images(self, images: np.ndarray) -> Tensor:
         """Raw 0-255 images; their integers are exact in all three precisions."""
-        raw = torch.from_numpy(images).to(self._device, non_blocking=True)
-        return raw.to(self._dtype, memory_format=torch.channels_last)
+        return self._on_device(images).to(self._dtype, memory_format=torch.channels_last)
+
+    def _on_device(self, array: np.ndarray) -> Tensor:
+        tensor = torch.from_numpy(array)
+        if self._device.type == "cuda":
+            # Out of pageable memory the copy would wait for everything that the GPU has been given before.
+            tensor = tensor.pin_memory()
+        return tensor.to(self._device, non_blocking=True)
 
     @torch.no_grad()
     def _update(self, lr: float, rescale: float) -> None:

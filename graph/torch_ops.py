@@ -15,7 +15,6 @@ from __future__ import annotations
 import inspect
 import keyword
 import math
-import struct
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -288,8 +287,7 @@ def leaky_relu(call, data, gamma=None):
     if (gamma is not None) != (kind == "prelu"):
         raise call.error(f"act_type={kind} contradicts the number of inputs")
     if kind == "leaky":
-        # MXNet holds it in float32, whatever the data are.
-        return F.leaky_relu(data, struct.unpack("f", struct.pack("f", slope))[0])
+        return F.leaky_relu(data, slope)
     if kind == "elu":
         return F.elu(data, slope)
     if kind == "gelu":
