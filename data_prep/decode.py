@@ -8,6 +8,7 @@ OpenCV, which refuses truncated files of the other formats by itself. Every heav
 from __future__ import annotations
 
 import struct
+import zlib
 
 import cv2
 import numpy as np
@@ -55,6 +56,15 @@ def is_jpeg(data: bytes | memoryview) -> bool:
     return bytes(data[:3]) == _JPEG_START
 
 
+def jpeg_header(data: bytes | memoryview) -> tuple[int, int, str, str]:
+    """(height, width, colour space, subsampling of chroma) of a JPEG; ValueError for kinds that simplejpeg lacks."""
+    try:
+        return simplejpeg.decode_jpeg_header(data)
+    except KeyError:
+        # How it answers libjpeg-turbo's numbers that it has no name for, such as 4:4:1.
+        raise ValueError("unusual subsampling of chroma") from None
+
+
 def image_size(data: bytes | memoryview) -> tuple[int, int] | None:
     """(height, width) in pixels of a JPEG that can be decoded at a reduced size, read from its header.
 
@@ -63,7 +73,7 @@ def image_size(data: bytes | memoryview) -> tuple[int, int] | None:
     if not is_jpeg(data):
         return None
     try:
-        height, width, colorspace, _ = simplejpeg.decode_jpeg_header(data)
+        height, width, colorspace, _ = jpeg_header(data)
     except ValueError:
         return None
     return None if _needs_opencv(data, colorspace) else (height, width)
@@ -87,7 +97,7 @@ def decode_image(data: bytes | memoryview, reduce: int = 1, scratch: Scratch | N
     if not is_jpeg(data):
         return _decode_with_opencv(data)
     try:
-        height, width, colorspace, _ = simplejpeg.decode_jpeg_header(data)
+        height, width, colorspace, _ = jpeg_header(data)
     except ValueError as error:
         return _decode_unusual_jpeg(data, error)
     if height * width > MAX_PIXELS:
@@ -166,9 +176,12 @@ def _find_exif_in_png(data: bytes | memoryview) -> int:
     place = len(_PNG_START)
     while place + 8 <= len(data):
         length, name = struct.unpack_from(">I4s", data, place)
-        if name == b"eXIf":
+        end = place + 8 + length
+        if name == b"IEND":
+            break
+        if name == b"eXIf" and bytes(data[end : end + 4]) == zlib.crc32(data[place + 4 : end]).to_bytes(4, "big"):
             return place + 8
-        place += 12 + length
+        place = end + 4
     return 0
 
 

@@ -1,6 +1,6 @@
 """The commands `cat`, `split` and `extract`: packs out of packs, and packs back to image files.
 
-Images and labels are copied byte for byte, never decoded.
+Images and labels are copied byte for byte; only --skip-damaged decodes images, to check them.
 """
 
 from __future__ import annotations
@@ -13,9 +13,17 @@ import numpy as np
 
 import atomic_file
 from command_line import HelpFormatter, Parser, counted
-from data_prep.lists import CLASSES_FILE, LIST_SUFFIX, SHUFFLE_SEED, Entry, format_item
+from data_prep.lists import CLASSES_FILE, LIST_SUFFIX, SHUFFLE_SEED, Entry, format_item, read_classes
 from data_prep.progress import progress
-from data_prep.recordio import RecordFile, RecordReader, RecordWriter, is_range_record
+from data_prep.recordio import (
+    RecordError,
+    RecordFile,
+    RecordReader,
+    RecordWriter,
+    index_path_of,
+    is_range_record,
+    unpack,
+)
 from data_prep.verify import classes_beside, image_format, verify
 from data_prep.workers import default_workers
 from errors import ProjectError, UsageError
@@ -30,33 +38,58 @@ def _refuse_own_inputs(inputs: Iterable[Path], outputs: Iterable[Path]) -> None:
             raise UsageError(f"{path}: is an input; name another output")
 
 
+def _refuse_other_classes(names: list[str], folder: Path) -> None:
+    beside = folder / CLASSES_FILE
+    if names and beside.exists() and read_classes(beside) != names:
+        raise UsageError(f"{beside}: names other classes than the packs have; write into another folder")
+
+
 def _copy_classes(names: list[str], folder: Path) -> None:
     if names and not (folder / CLASSES_FILE).exists():
         atomic_file.write_text(folder / CLASSES_FILE, "".join(f"{name}\n" for name in names))
 
 
-def cat(inputs: list[Path], output: Path, skip_damaged: bool = False, workers: int = 1) -> tuple[int, int]:
+def cat(
+    inputs: list[Path], output: Path, skip_damaged: bool = False, classes: int | None = None, workers: int = 1
+) -> tuple[int, int]:
     """Merge packs, one after the other, under new keys 0, 1, ...; returns the numbers of records and of those left out.
 
-    skip_damaged: leave out what `verify` would complain about, instead of failing there; `workers` check the images.
+    skip_damaged: leave out what `verify` would complain about, instead of failing there. classes: labels must be below
+    this; None for the lines of classes.txt. workers: processes that check the images.
     """
     _refuse_own_inputs(inputs, [output])
     names = {tuple(classes_beside(path)) for path in inputs} - {()}
     if len(names) > 1:
         raise UsageError(f"the packs' {CLASSES_FILE} differ: a label does not mean the same class in all of them")
+    common = list(*names)
+    _refuse_other_classes(common, output.parent)
     output.parent.mkdir(parents=True, exist_ok=True)
-    key = left_out = 0
+    key = left_out = width = 0
     with RecordWriter(output) as writer:
         for path in inputs:
-            records, damaged = _whole_records(path, workers) if skip_damaged else (_records(path), 0)
+            records, damaged = _whole_records(path, classes, workers) if skip_damaged else (_records(path), 0)
             left_out += damaged
             for record in records:
+                labels = _label_count(record)
+                width = width or labels
+                if labels not in (0, width):
+                    raise UsageError(f"{path}: has {counted(labels, 'label')} an image where others have {width}")
                 writer.write(key, record)
                 key += 1
         if not key:
             raise ProjectError(f"{inputs[0]}: holds no whole record; {output} is not written")
-    _copy_classes(list(*names), output.parent)
+    _copy_classes(common, output.parent)
     return key, left_out
+
+
+def _label_count(record: memoryview) -> int:
+    """Labels of an image record, 0 for records of another kind."""
+    if is_range_record(record):
+        return 0
+    try:
+        return max(1, unpack(record)[0].flag)
+    except RecordError:
+        return 0
 
 
 def _records(path: Path) -> Iterator[memoryview]:
@@ -66,12 +99,20 @@ def _records(path: Path) -> Iterator[memoryview]:
             yield file.read(number)
 
 
-def _whole_records(path: Path, workers: int) -> tuple[Iterator[memoryview], int]:
-    """(the records in which `verify` finds nothing wrong, in the order of the file; the number of the others)."""
-    report, frames, _ = verify(path, len(classes_beside(path)) or None, workers)
+def _whole_records(path: Path, classes: int | None, workers: int) -> tuple[Iterator[memoryview], int]:
+    """(The records in which `verify` finds nothing wrong, in the order of the file; the number of the others).
+
+    The others are those that the index lists beyond these; without an index, the damaged places.
+    """
+    report, frames, _ = verify(path, classes or len(classes_beside(path)) or None, workers, anywhere=True)
+    left_out = len(report.problems)
+    if index_path_of(path).exists():
+        # Counted only: offsets behind damage are wrong.
+        lines = index_path_of(path).read_bytes().splitlines()
+        left_out = max(len(lines) - report.ranges - len(report.sizes), len(report.bad))
     reader = RecordReader(path)
     whole = (reader.read(frame) for number, frame in enumerate(frames) if number not in report.bad)
-    return (record for record in whole if not is_range_record(record)), len(report.problems)
+    return (record for record in whole if not is_range_record(record)), left_out
 
 
 def split(path: Path, outputs: list[Path], shares: list[float], seed: int) -> list[int]:
@@ -80,6 +121,9 @@ def split(path: Path, outputs: list[Path], shares: list[float], seed: int) -> li
     Within a class numpy's frozen RandomState(seed) chooses. Returns the numbers of records.
     """
     _refuse_own_inputs([path], outputs)
+    names = classes_beside(path)
+    for output in outputs:
+        _refuse_other_classes(names, output.parent)
     with RecordFile(path) as file:
         labels = file.labels()
         labels = labels if labels.ndim == 1 else labels[:, 0]
@@ -92,7 +136,7 @@ def split(path: Path, outputs: list[Path], shares: list[float], seed: int) -> li
                 for record in progress(chosen, output.name):
                     writer.write(int(file.keys[record]), file.read(int(record)))
             counts.append(len(chosen))
-            _copy_classes(classes_beside(path), output.parent)
+            _copy_classes(names, output.parent)
     return counts
 
 
@@ -110,6 +154,7 @@ def assign(labels: np.ndarray, shares: list[float], seed: int) -> np.ndarray:
 def extract(path: Path, folder: Path) -> int:
     """Write the images of a pack into FOLDER/CLASS/KEY.ENDING, and FOLDER/NAME.lst to pack them again."""
     names = classes_beside(path)
+    _refuse_other_classes(names, folder)
     lines = []
     with RecordFile(path) as file:
         for number in progress(range(len(file)), path.name):
@@ -150,11 +195,16 @@ def cat_main(argv: list[str] | None = None) -> int:
     parser.add_argument("-o", "--output", type=Path, required=True, help="the .rec file to write")
     parser.add_argument(
         "--skip-damaged", action="store_true",
-        help="check every record as `verify` does, and leave out those that are cut off or do not decode",
+        help="check every record of the files as `verify` does, whatever their indexes list, and leave out those that "
+        "are cut off, do not decode, or have wrong labels",
+    )  # fmt: skip
+    parser.add_argument(
+        "--num-classes", type=int,
+        help=f"labels must be below this for --skip-damaged; unset: lines of {CLASSES_FILE}",
     )  # fmt: skip
     parser.add_argument("--num-thread", type=int, default=default_workers(), help="worker processes that check")
     args = parser.parse_args(argv)
-    count, left_out = cat(args.files, args.output, args.skip_damaged, args.num_thread)
+    count, left_out = cat(args.files, args.output, args.skip_damaged, args.num_classes, args.num_thread)
     print(f"{args.output}: {counted(count, 'record')}" + (f", {left_out} left out" if args.skip_damaged else ""))
     return 0
 

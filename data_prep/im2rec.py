@@ -64,7 +64,7 @@ def add_pack_args(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     group.add_argument(
         "--yuv-planes", action="store_true",
-        help="resize JPEGs as the planes they store, not as RGB: faster; needs libturbojpeg on the system",
+        help="resize upright 4:2:0 JPEGs as the planes they store, not as RGB: faster; needs the system's libturbojpeg",
     )  # fmt: skip
     group.add_argument("--num-thread", type=int, default=default_workers(), help="worker processes")
     group.add_argument("--resume", action="store_true", help="continue an interrupted pack")

@@ -20,6 +20,7 @@ from data_prep.decode import (
     exif_orientation,
     image_size,
     is_jpeg,
+    jpeg_header,
     reduction,
     turn_upright,
 )
@@ -46,6 +47,14 @@ def convert(data: bytes, conversion: Conversion) -> bytes:
     if size is not None and _is_wanted(data, size, conversion):
         check_complete(data, conversion.check)
         return data
+    try:
+        return _convert(data, size, conversion)
+    except (ValueError, cv2.error) as error:
+        # For example a side of more than 65,500 pixels, which JPEG does not hold.
+        raise DecodeError(f"it cannot be converted ({error})") from None
+
+
+def _convert(data: bytes, size: tuple[int, int] | None, conversion: Conversion) -> bytes:
     if conversion.yuv_planes and size is not None and _has_halved_chroma(data, size):
         return _convert_planes(data, size, conversion)
     image = _decode(data, size, conversion)
@@ -69,7 +78,7 @@ def check_complete(data: bytes, check: str = DECODE) -> None:
         decode_image(data)
         return
     try:
-        colorspace = simplejpeg.decode_jpeg_header(data)[2]
+        colorspace = jpeg_header(data)[2]
         inks = colorspace in _INKS
         simplejpeg.decode_jpeg(data, colorspace="CMYK" if inks else "GRAY", min_height=1, min_width=1)
     except ValueError:
@@ -111,7 +120,7 @@ def _is_wanted(data: bytes, size: tuple[int, int], conversion: Conversion) -> bo
     """Whether a JPEG that is upright and whose colours are no inks can go into the pack as it is."""
     if conversion.encoding != JPEG or conversion.color == GREY:
         return False
-    if simplejpeg.decode_jpeg_header(data)[2] != _PLAIN_JPEG:
+    if jpeg_header(data)[2] != _PLAIN_JPEG:
         return False
     square = size[0] == size[1]
     return min(size) == (conversion.resize or min(size)) and (square or not conversion.center_crop)
@@ -125,7 +134,7 @@ def _middle_square(height: int, width: int) -> tuple[int, int, int]:
 
 def _has_halved_chroma(data: bytes, size: tuple[int, int]) -> bool:
     """Whether a JPEG of this size, upright and without inks, stores its chroma at half resolution both ways."""
-    return size[0] * size[1] <= MAX_PIXELS and simplejpeg.decode_jpeg_header(data)[2:] == (_PLAIN_JPEG, "420")
+    return size[0] * size[1] <= MAX_PIXELS and jpeg_header(data)[2:] == (_PLAIN_JPEG, "420")
 
 
 def _convert_planes(data: bytes, size: tuple[int, int], conversion: Conversion) -> bytes:

@@ -183,9 +183,12 @@ def _find_image(root: Path, name: str) -> str | None:
 
 
 def read_classes(path: Path) -> list[str]:
-    """Class names, one a line."""
-    with _open_text(path) as file:
-        names = [line.strip() for line in file if line.strip()]
+    """Class names, one a line; UsageError for a file that cannot be read or names a class twice."""
+    try:
+        with _open_text(path) as file:
+            names = [line.strip() for line in file if line.strip()]
+    except UnicodeDecodeError as error:
+        raise UsageError(f"{path}: is no text in UTF-8 ({error.reason} at byte {error.start})") from None
     if len(set(names)) != len(names):
         raise UsageError(f"{path}: names a class twice")
     return names

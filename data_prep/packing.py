@@ -205,18 +205,19 @@ class _Job:
         except OSError as error:
             raise ProjectError(f"{self.manifest_path}: cannot be written: {error.strerror}") from None
 
-    def _read_manifest(self) -> dict:
+    def _read_manifest(self) -> tuple[dict, dict | None]:
+        """What an earlier run made its pack of, and its outcome when it got to its end; ({}, None) when none did."""
         try:
             manifest = json.loads(self.manifest_path.read_text(encoding="utf-8"))
-            return manifest if isinstance(manifest, dict) else {}
-        except (OSError, ValueError):
-            return {}
+            # An option that did not exist then had the effect that its default has now.
+            return {**asdict(Conversion()), **manifest["made_of"]}, manifest["done"]
+        except (OSError, ValueError, KeyError, TypeError):
+            return {}, None
 
     def finished(self) -> Packed | None:
         """The outcome of an earlier run that packed the same list with the same options to its end."""
-        manifest = self._read_manifest()
-        done = manifest.get("done")
-        if manifest.get("made_of") != self.made_of or not done:
+        made_of, done = self._read_manifest()
+        if made_of != self.made_of or not done:
             return None
         if not (self.record_path.exists() and index_path_of(self.record_path).exists()):
             return None
@@ -227,7 +228,7 @@ class _Job:
         """Refuse to continue a pack that was begun with another list or other options."""
         if not Path(f"{self.record_path}.part").exists():
             return
-        before = self._read_manifest().get("made_of", {})
+        before, _ = self._read_manifest()
         changed = [name for name, value in self.made_of.items() if before.get(name) != value]
         if changed:
             raise UsageError(

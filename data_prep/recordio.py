@@ -171,14 +171,17 @@ def _frame(source: _Bytes, offset: int) -> Frame:
     return Frame(offset, length, min(start + (size + 3 & ~3), source.size))
 
 
-def scan(path: str | os.PathLike, damaged: Callable[[int, str], None] | None = None) -> Iterator[Frame]:
+def scan(
+    path: str | os.PathLike, damaged: Callable[[int, str], None] | None = None, anywhere: bool = False
+) -> Iterator[Frame]:
     """Walk the records of a file without reading their data.
 
     At a place that is not framed as a record, RecordError is raised, naming record number and offset; or, with
     `damaged`, that is called with the offset and the reason, and the walk goes on where the next record begins.
+    That is a multiple of four, where records lie; with `anywhere` any byte, for files that lost or gained some.
     """
     source = _Bytes(Path(path))
-    number, offset = 0, 0
+    number, offset, last = 0, 0, 0
     try:
         while offset < source.size:
             try:
@@ -187,28 +190,39 @@ def scan(path: str | os.PathLike, damaged: Callable[[int, str], None] | None = N
                 if damaged is None:
                     raise RecordError(f"{path}: record {number} at offset {offset}: {error}") from None
                 damaged(offset, str(error))
-                offset = _next_record(source, offset + 4)
+                # A record that lost bytes reaches into the next one.
+                offset = _next_record(source, last + 1 if anywhere else offset + 4, anywhere)
+                last = offset
                 continue
             yield frame
+            last = frame.offset
             number, offset = number + 1, frame.end
     finally:
         source.close()
 
 
-def _next_record(source: _Bytes, offset: int) -> int:
+def _next_record(source: _Bytes, offset: int, anywhere: bool) -> int:
     """Where the first record at `offset` or behind it begins; the file's size when none does."""
     while offset < source.size:
-        block = source.read(offset, _READ_AHEAD)
+        # A magic number that lies across two blocks is found in the first.
+        block = source.read(offset, _READ_AHEAD + len(MAGIC_BYTES) - 1)
         place = block.find(MAGIC_BYTES)
         while place >= 0:
-            if place % 4 == 0:
-                with contextlib.suppress(RecordError):
+            with contextlib.suppress(RecordError):
+                if (offset + place) % 4 == 0:
                     _frame_at(source.read(offset + place, _FRAME.size), first=True)
                     return offset + place
+                if anywhere and _leads_on(source, offset + place):
+                    return offset + place
             place = block.find(MAGIC_BYTES, place + 1)
-        # Blocks are aligned and so is the magic number of a record: none lies across two blocks.
         offset += _READ_AHEAD
     return source.size
+
+
+def _leads_on(source: _Bytes, offset: int) -> bool:
+    """Whether a whole record begins here and another one, or the file's end, follows; RecordError when none begins."""
+    end = _frame(source, offset).end
+    return end >= source.size or source.read(end, len(MAGIC_BYTES)) == MAGIC_BYTES
 
 
 # What to do about a wrong index.

@@ -19,15 +19,20 @@ def load_library() -> ctypes.CDLL:
     """Its functions for planes, which came with version 2.0 and are still in 3; UsageError where it is missing."""
     for name in _LIBRARIES.get(sys.platform, _LIBRARIES_ELSEWHERE):
         try:
-            library = ctypes.CDLL(name)
-        except OSError:
+            return _declare(ctypes.CDLL(name))
+        except (OSError, AttributeError):
+            # Not there, or too old.
             continue
-        library.tjInitDecompress.restype = ctypes.c_void_p
-        library.tjGetErrorStr2.argtypes = [ctypes.c_void_p]
-        library.tjGetErrorStr2.restype = ctypes.c_char_p
-        library.tjDecompressToYUVPlanes.argtypes = [
-            ctypes.c_void_p, ctypes.c_char_p, ctypes.c_ulong,
-            ctypes.POINTER(ctypes.c_void_p), ctypes.c_int, ctypes.c_void_p, ctypes.c_int, ctypes.c_int,
-        ]  # fmt: skip
-        return library
-    raise UsageError(f"--yuv-planes needs the library libturbojpeg: {_HINT}")
+    raise UsageError(f"--yuv-planes needs the library libturbojpeg, 2.0 or later: {_HINT}")
+
+
+def _declare(library: ctypes.CDLL) -> ctypes.CDLL:
+    """Tell ctypes what the functions take; AttributeError when one is missing."""
+    library.tjInitDecompress.restype = ctypes.c_void_p
+    library.tjGetErrorStr2.argtypes = [ctypes.c_void_p]
+    library.tjGetErrorStr2.restype = ctypes.c_char_p
+    library.tjDecompressToYUVPlanes.argtypes = [
+        ctypes.c_void_p, ctypes.c_char_p, ctypes.c_ulong,
+        ctypes.POINTER(ctypes.c_void_p), ctypes.c_int, ctypes.c_void_p, ctypes.c_int, ctypes.c_int,
+    ]  # fmt: skip
+    return library

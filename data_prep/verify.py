@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
+import shlex
 import sys
 from collections import Counter
 from collections.abc import Iterator
@@ -45,7 +46,7 @@ class Checked(NamedTuple):
 @dataclass
 class Report:
     """Sums over a pack; `problems` are lines that name record and offset, in the order of the file. bad: numbers of the
-    records among them, as they are framed."""
+    records among them, as they are framed. width: labels an image."""
 
     records: int = 0
     ranges: int = 0
@@ -56,6 +57,7 @@ class Report:
     widths: Counter = field(default_factory=Counter)
     sizes: list[tuple[int, int]] = field(default_factory=list)
     kinds: Counter = field(default_factory=Counter)
+    width: int = 0
 
 
 def image_format(data: bytes | memoryview) -> str:
@@ -102,8 +104,11 @@ def _check_chunk(path: str, classes: int | None, frames: list[Frame]) -> list[Ch
     return [check_payload(_reader(path).read(frame), classes) for frame in frames]
 
 
-def verify(path: Path, classes: int | None, workers: int) -> tuple[Report, list[Frame], int]:
-    """Check every record; returns the report, the frames found, and the header record's number (-1: none)."""
+def verify(path: Path, classes: int | None, workers: int, anywhere: bool = False) -> tuple[Report, list[Frame], int]:
+    """Check every record; returns the report, the frames found, and the header record's number (-1: none).
+
+    anywhere: behind damage look for records at any byte, see `recordio.scan`.
+    """
     report = Report()
     frames: list[Frame] = []
     header_number = -1
@@ -112,10 +117,12 @@ def verify(path: Path, classes: int | None, workers: int) -> tuple[Report, list[
         report.problems.append(f"offset {offset}: {reason}")
 
     def framed() -> Iterator[Frame]:
-        for frame in scan(path, damaged):
+        for frame in scan(path, damaged, anywhere):
             frames.append(frame)
             yield frame
 
+    # In this process too the file may have changed since it was read last.
+    _reader.cache_clear()
     function = functools.partial(_check_chunk, str(path), classes)
     chunks = ordered_map(function, chunked(framed(), _CHUNK), workers)
     for checked in progress.progress((result for chunk in chunks for result in chunk), path.name, unit="records"):
@@ -127,8 +134,13 @@ def verify(path: Path, classes: int | None, workers: int) -> tuple[Report, list[
 
 
 def _add(report: Report, frame: Frame, checked: Checked) -> None:
-    if checked.problem:
-        report.problems.append(f"record {report.records} at offset {frame.offset}: {checked.problem}")
+    problem = checked.problem
+    if not problem and checked.size is not None:
+        report.width = report.width or len(checked.labels)
+        if len(checked.labels) != report.width:
+            problem = f"another number of labels ({len(checked.labels)}) than the records before it ({report.width})"
+    if problem:
+        report.problems.append(f"record {report.records} at offset {frame.offset}: {problem}")
         report.bad.add(report.records)
     elif checked.size is None:
         report.ranges += 1
@@ -249,8 +261,11 @@ def main(argv: list[str] | None = None) -> int:
         print(f"... and {len(problems) - args.max_problems} more problems", file=sys.stderr)
     print(counted(len(problems), "problem") if problems else "no problems")
     if report.problems and report.sizes:
+        classes = ["--num-classes", str(args.num_classes)] if args.num_classes else []
         copy = args.file.with_name(f"{args.file.stem}_whole.rec")
-        print(f"what is whole can be saved: python -m data_prep cat --skip-damaged {args.file} -o {copy}")
+        words = ["cat", "--skip-damaged", *classes, str(args.file), "-o", str(copy)]
+        print(f"what is whole can be saved: python -m data_prep {shlex.join(words)}")
     elif index_problems and frames:
-        print(f"the index can be written anew: python -m data_prep verify {args.file} --fix-index")
+        words = ["verify", "--fix-index", str(args.file)]
+        print(f"the index can be written anew: python -m data_prep {shlex.join(words)}")
     return 1 if problems else 0

@@ -6,13 +6,15 @@ A command stands above the rooms: pictures are decoded and cropped by the code t
 from __future__ import annotations
 
 import argparse
+import contextlib
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 
 from command_line import Parser
-from data_prep.lists import CLASSES_FILE
+from data_prep.lists import CLASSES_FILE, read_classes
 from errors import UsageError
 from graph.checkpoint_args import add_checkpoint_args
 
@@ -27,17 +29,19 @@ def main(argv: list[str]) -> int:
     missing = [path for path in args.images if not Path(path).is_file()]
     if missing:
         raise UsageError(f"no such image: {', '.join(missing)}")
-    given = read_classes(args.classes) if args.classes else None
+    given = read_classes(Path(args.classes)) if args.classes else None
     from graph.trained import load_trained
 
     trained = load_trained(args.prefix, args.epoch, args.image_size)
     prepare = preparation(trained.image_size, trained.arguments)
     predict = predictor(trained)
+    names = given
     for start in range(0, len(args.images), ROWS):
         paths = args.images[start : start + ROWS]
         probabilities = predict(np.stack([prepare(path) for path in paths]))
         check_class_count(given, probabilities.shape[1], args.classes)
-        names = given or classes_of_run(trained.arguments, probabilities.shape[1])
+        if not start and given is None:
+            names = classes_of_run(trained.arguments, probabilities.shape[1])
         for path, row in zip(paths, probabilities):
             print("\n".join(describe(path, row, names)), flush=True)
     return 0
@@ -55,20 +59,15 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def read_classes(path: str) -> list[str]:
-    """Names in the order of labels; UsageError when the file cannot be read."""
-    try:
-        return Path(path).read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise UsageError(f"cannot read the names of the classes, {path}: {error}") from None
-
-
 def classes_of_run(arguments: Mapping[str, object], count: int) -> list[str] | None:
     """The names beside the packs that a network was trained with, as far as they are still there and so many."""
     for pack in (arguments.get("train_rec"), arguments.get("val_rec")):
-        names = Path(str(pack)).parent / CLASSES_FILE
-        if pack and names.is_file() and len(found := read_classes(str(names))) == count:
-            return found
+        path = Path(str(pack)).parent / CLASSES_FILE
+        with contextlib.suppress(UsageError):
+            if pack and path.is_file() and len(names := read_classes(path)) == count:
+                # A run notes paths as it was given them: from another folder they may lead to another file.
+                print(f"names of the classes from {path}", file=sys.stderr)
+                return names
     return None
 
 

@@ -65,9 +65,9 @@ def load_trained(prefix: str, epoch: int, image_size: int | None = None) -> Trai
 def saved_epochs(prefix: str) -> str:
     """Which epochs there are under a prefix, in words."""
     stem = Path(prefix)
-    files = stem.parent.glob(f"{glob.escape(stem.name)}-[0-9][0-9][0-9][0-9].params")
-    found = sorted(int(path.stem[-4:]) for path in files)
-    return f"saved are the epochs {', '.join(map(str, found))}" if found else f"no epoch of {prefix} is there"
+    numbers = (path.stem.rpartition("-")[2] for path in stem.parent.glob(f"{glob.escape(stem.name)}-*.params"))
+    found = sorted(int(number) for number in numbers if number.isdigit() and len(number) >= 4)
+    return f"saved epochs: {', '.join(map(str, found))}" if found else f"no epoch of {prefix} is there"
 
 
 def without_loss(graph: Graph) -> Graph:

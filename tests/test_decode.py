@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import struct
+import zlib
 
 import cv2
 import numpy as np
@@ -83,6 +84,29 @@ def test_exif_rotation_of_other_formats_is_applied(kind, orientation):
     assert exif_orientation(data) == orientation
     with Image.open(io.BytesIO(data)) as opened:
         np.testing.assert_array_equal(decode_image(data), ImageOps.exif_transpose(opened).convert("RGB"))
+
+
+def tiff_of(orientation: int) -> bytes:
+    return b"MM\0*" + struct.pack(">IHHHIHHI", 8, 1, 0x0112, 3, 1, orientation, 0, 0)
+
+
+@pytest.mark.parametrize("start", [b"", b"Exif\0\0"])
+def test_exif_of_a_webp_may_begin_as_that_of_a_jpeg(start):
+    body = start + tiff_of(6)
+    data = (
+        b"RIFF\0\0\0\0WEBP" + b"ICCP" + struct.pack("<I", 3) + b"odd\0" + b"EXIF" + struct.pack("<I", len(body)) + body
+    )
+    assert exif_orientation(data) == 6
+    assert exif_orientation(data[:-20]) == 1
+
+
+@pytest.mark.parametrize(("name", "spoil", "expected"), [(b"eXIf", 0, 6), (b"eXIf", 1, 1), (b"IEND", 0, 1)])
+def test_exif_of_a_png_counts_where_decoders_take_it(name, spoil, expected):
+    def chunk(kind: bytes, body: bytes, spoil: int = 0) -> bytes:
+        return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body) ^ spoil)
+
+    first = chunk(name, tiff_of(6), spoil)
+    assert exif_orientation(b"\x89PNG\r\n\x1a\n" + first + chunk(b"IEND", b"") + chunk(b"eXIf", tiff_of(8))) == expected
 
 
 @pytest.mark.parametrize("kind", [".jpg", ".png", ".webp", ".bmp"])

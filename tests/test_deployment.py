@@ -118,7 +118,7 @@ def test_differences_between_params_and_graph_are_listed_together(prefix):
 
 
 def test_missing_files_and_sizes(prefix):
-    with pytest.raises(UsageError, match="net-0009.params: no such file; saved are the epochs 3$"):
+    with pytest.raises(UsageError, match="net-0009.params: no such file; saved epochs: 3$"):
         load_trained(prefix, 9)
     shutil.copy(f"{prefix}-symbol.json", f"{prefix}2-symbol.json")
     with pytest.raises(UsageError, match="net2-0003.params: no such file; no epoch of .*net2 is there"):
@@ -166,7 +166,19 @@ def test_run_takes_the_names_beside_the_packs(prefix, picture, tmp_path, capsys,
     arguments = {"image_size": SIZE, "train_rec": str(tmp_path / "data" / "train.rec"), "val_rec": None}
     Path(f"{prefix}-0003.json").write_text(json.dumps({"arguments": arguments}))
     assert run.main([prefix, "3", picture]) == 0
-    assert capsys.readouterr().out.count(found) == 5
+    output = capsys.readouterr()
+    assert output.out.count(found) == 5
+    assert output.err == (f"names of the classes from {tmp_path}/data/classes.txt\n" if count == CLASSES else "")
+
+
+def test_names_that_cannot_be_read_are_done_without_unless_asked_for(prefix, picture, tmp_path, capsys):
+    names = tmp_path / "classes.txt"
+    names.write_bytes("".join(f"caf\u00e9 {label}\n" for label in range(CLASSES)).encode("latin-1"))
+    Path(f"{prefix}-0003.json").write_text(json.dumps({"arguments": {"train_rec": str(tmp_path / "train.rec")}}))
+    assert run.main([prefix, "3", picture, "--image-size", str(SIZE)]) == 0
+    assert "%  class " in capsys.readouterr().out
+    with pytest.raises(UsageError, match="classes.txt: is no text in UTF-8"):
+        run.main([prefix, "3", picture, "--classes", str(names)])
 
 
 def test_run_refuses_in_one_line(prefix, picture, tmp_path):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import os
 import re
 import signal
@@ -396,6 +397,23 @@ def test_planes_only_where_chroma_is_halved(tmp_path):
 
 
 @needs_turbojpeg
+def test_planes_of_large_jpegs_are_reduced_well():
+    noise = np.random.RandomState(0).randint(0, 256, (400, 600, 1)).repeat(3, 2).astype(np.uint8)
+    small = simplejpeg.decode_jpeg(convert(encoded(noise, subsampling=2), Conversion(resize=48, yuv_planes=True)))
+    assert small.shape == (48, 72, 3)
+    # Means over 8 x 8 pixels of noise, whose own standard deviation is 74.
+    assert small.std() < 15
+
+
+@needs_turbojpeg
+def test_planes_of_enormous_claims_are_refused(monkeypatch):
+    for module in ("images", "decode"):
+        monkeypatch.setattr(f"data_prep.{module}.MAX_PIXELS", 100)
+    with pytest.raises(DecodeError, match="claims 60 x 40 pixels"):
+        convert(encoded(picture(), subsampling=2), Conversion(resize=20, yuv_planes=True))
+
+
+@needs_turbojpeg
 @pytest.mark.parametrize("damage", [lambda data: data[:-2], lambda data: data[: len(data) // 2]])
 def test_incomplete_planes_are_refused(damage):
     data = encoded(np.random.RandomState(0).randint(0, 256, (90, 120, 3), np.uint8), subsampling=2)
@@ -422,7 +440,7 @@ def test_planes_without_the_library_are_refused_by_name(tmp_path, tree, monkeypa
     monkeypatch.setattr("data_prep.turbojpeg._LIBRARIES", {})
     write_list(tmp_path / "a.lst", ["cat/000.jpg"])
     try:
-        with pytest.raises(UsageError, match="--yuv-planes needs the library libturbojpeg: .*apt-get install"):
+        with pytest.raises(UsageError, match="needs the library libturbojpeg, 2.0 or later: .*apt-get install"):
             im2rec.main(["--resize", "20", "--yuv-planes", str(tmp_path / "a"), str(tree)])
     finally:
         load_library.cache_clear()
@@ -470,6 +488,26 @@ def test_options_that_cannot_work(tree, tmp_path, arguments, message):
 
 
 # --- images that are left out ---
+
+
+def test_one_odd_image_does_not_stop_a_pack(tmp_path):
+    noise = np.random.RandomState(0).randint(0, 256, (64, 64, 3), np.uint8)
+    plain = encoded(noise, subsampling=0)
+    sampling = plain.index(b"\xff\xc0") + 11
+    files = {
+        "a.jpg": plain,
+        # Chroma at a quarter of the rows, which simplejpeg has no name for; OpenCV takes it.
+        "441.jpg": plain[:sampling] + b"\x14" + plain[sampling + 1 :],
+        # A side of 85,333 pixels, which JPEG does not hold.
+        "long.png": encoded(np.zeros((3, 2000, 3), np.uint8), "PNG"),
+        "b.jpg": plain,
+    }
+    for name, data in files.items():
+        (tmp_path / name).write_bytes(data)
+    packed = pack_list(write_list(tmp_path / "a.lst", list(files)), tmp_path, Conversion(resize=128))
+    assert (packed.written, packed.rejected) == (3, 1)
+    assert [header.id for header, _ in records(tmp_path / "a.rec")] == [0, 1, 3]
+    assert re.match("2\tlong.png\tit cannot be converted .", (tmp_path / "a.rejected.tsv").read_text())
 
 
 @pytest.mark.parametrize("options", [[], ["--pass-through"], ["--pass-through", "--check", "markers"]], ids=" ".join)
@@ -584,6 +622,17 @@ def test_resume_after_files_were_cut_by_the_interruption(interrupted, damage):
     path.write_bytes(path.read_bytes()[:-5])
     packed = pack_list(interrupted / "a.lst", interrupted, Conversion(), resume=True)
     assert packed.resumed < 25
+    assert_whole(interrupted)
+
+
+def test_resume_knows_packs_from_before_an_option_existed(interrupted):
+    manifest = interrupted / "a.pack.json"
+    for rounds in range(2):  # an interrupted pack, then a finished one
+        content = json.loads(manifest.read_text())
+        assert content["made_of"].pop("yuv_planes") is False
+        manifest.write_text(json.dumps(content))
+        packed = pack_list(interrupted / "a.lst", interrupted, Conversion(), resume=True)
+        assert packed.resumed == (60 if rounds else 25)
     assert_whole(interrupted)
 
 

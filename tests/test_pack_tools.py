@@ -17,7 +17,7 @@ from data_prep import __main__ as command
 from data_prep import edit, lists_command, show, stats, verify
 from data_prep.conversion import Conversion
 from data_prep.packing import pack_list
-from data_prep.recordio import Header, RecordFile, RecordWriter, pack
+from data_prep.recordio import Header, RecordFile, RecordWriter, pack, unpack
 from data_prep.workers import ordered_map
 from errors import ProjectError, UsageError, run_command
 
@@ -108,10 +108,88 @@ def test_cat_saves_what_is_whole(rec, tmp_path, capsys):
         assert [payload for _, payload in contents(saved)] == kept
         assert verify.main([str(saved), *QUIET]) == 0
         capsys.readouterr()
+    assert edit.cat_main([str(rec), "-o", str(saved), "--skip-damaged", "--num-classes", "2", *QUIET]) == 0
+    assert [payload for _, payload in contents(saved)] == [part for part in kept if unpack(part)[0].label < 2]
     rec.write_bytes(bytes(64))
     with pytest.raises(ProjectError, match="holds no whole record"):
         edit.cat_main([str(rec), "-o", str(tmp_path / "none.rec"), "--skip-damaged", *QUIET])
     assert not (tmp_path / "none.rec").exists()
+
+
+@pytest.mark.parametrize(("lost", "gained"), [(0, 1), (0, 3), (2, 0)])
+@pytest.mark.parametrize("with_index", [True, False])
+def test_cat_finds_records_behind_bytes_lost_or_gained(rec, tmp_path, capsys, lost, gained, with_index):
+    good = [payload for _, payload in contents(rec)]
+    with RecordFile(rec) as file:
+        place = int(file.offsets[7]) + 60
+    data = rec.read_bytes()
+    rec.write_bytes(data[:place] + b"x" * gained + data[place + lost :])
+    if not with_index:
+        rec.with_suffix(".idx").unlink()
+    assert edit.cat_main([str(rec), "-o", str(tmp_path / "new" / "saved.rec"), "--skip-damaged", *QUIET]) == 0
+    # Without an index two places are damaged: the image, and where the record does not end.
+    assert f"59 records, {1 if with_index else 2} left out" in capsys.readouterr().out
+    assert [payload for _, payload in contents(tmp_path / "new" / "saved.rec")] == good[:7] + good[8:]
+
+
+def test_cat_counts_what_the_index_misses(rec, tmp_path, capsys):
+    with RecordFile(rec) as file:
+        place = int(file.offsets[20])
+    rec.write_bytes(rec.read_bytes()[: place + 5])
+    assert edit.cat_main([str(rec), "-o", str(tmp_path / "new" / "saved.rec"), "--skip-damaged", *QUIET]) == 0
+    assert "20 records, 40 left out" in capsys.readouterr().out
+
+
+def test_records_with_different_numbers_of_labels(tmp_path, capsys):
+    for name, label in (("one", 1.0), ("two", [1.0, 2.0])):
+        with RecordWriter(tmp_path / f"{name}.rec") as writer:
+            for key in range(2):
+                writer.write(key, pack(Header(0, label, key), encoded(picture())))
+    one, two = (str(tmp_path / f"{name}.rec") for name in ("one", "two"))
+    for options in ([], ["--skip-damaged", *QUIET]):
+        with pytest.raises(UsageError, match="two.rec: has 2 labels an image where others have 1"):
+            edit.cat_main([one, two, "-o", str(tmp_path / "mixed.rec"), *options])
+    assert not (tmp_path / "mixed.rec").exists()
+    for start in (one, two):
+        mixed = tmp_path / "mixed.rec"
+        mixed.write_bytes(b"".join(Path(path).read_bytes() for path in (start, one, two)))
+        status, errors = problems(mixed, capsys)
+        assert status == 1
+        assert errors.count("another number of labels") == 2
+
+
+def test_cat_of_a_face_pack_saves_the_images(tmp_path):
+    with RecordWriter(tmp_path / "faces.rec") as writer:
+        writer.write(0, pack(Header(2, [2.0, 3.0], 0), b""))
+        writer.write(1, pack(Header(0, 5.0, 1), encoded(picture())))
+        writer.write(2, pack(Header(2, [1.0, 2.0], 2), b""))
+    saved = tmp_path / "saved.rec"
+    assert edit.cat(([tmp_path / "faces.rec"]), saved, skip_damaged=True) == (1, 0)
+    assert [unpack(payload)[0].label for _, payload in contents(saved)] == [5.0]
+
+
+def test_a_folder_with_other_classes_is_refused(rec, tmp_path):
+    other = tmp_path / "other"
+    other.mkdir()
+    (other / "classes.txt").write_text("a\nb\nc\n")
+    for main, arguments in (
+        (edit.cat_main, [str(rec), "-o", str(other / "x.rec")]),
+        (edit.split_main, [str(rec), str(other / "x.rec")]),
+        (edit.extract_main, [str(rec), str(other)]),
+    ):
+        with pytest.raises(UsageError, match="other/classes.txt: names other classes than the packs have"):
+            main(arguments)
+    assert [path.name for path in other.iterdir()] == ["classes.txt"]
+
+
+def test_the_way_out_can_be_pasted(rec, tmp_path, capsys):
+    folder = tmp_path / "with space"
+    folder.mkdir()
+    moved = rec.rename(folder / "my set.rec")
+    assert verify.main([str(moved), "--num-classes", "2", *QUIET]) == 1
+    whole = folder / "my set_whole.rec"
+    expected = f"python -m data_prep cat --skip-damaged --num-classes 2 '{moved}' -o '{whole}'"
+    assert expected in capsys.readouterr().out
 
 
 def test_verify_fixes_an_index(rec, capsys):
