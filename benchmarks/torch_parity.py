@@ -169,8 +169,8 @@ def report(rows: dict[str, dict], waiting: list[str]) -> str:
     )
     return f"""# The translated graphs against MXNet
 
-`python -m benchmarks.torch_parity`: one run a network, batch {rows_each}, random weights and normal inputs, float32 on a
-CPU ({processor()}), MXNet {mx.__version__} without its subgraph fusion (NASNet: without oneDNN, which fails on it),
+`python -m benchmarks.torch_parity`: one run a network, batch {rows_each}, random weights and normal inputs, float32 on
+a CPU ({processor()}), MXNet {mx.__version__} without its subgraph fusion (NASNet: without oneDNN, which fails on it),
 PyTorch {torch.__version__}; dropout is taken out. Every number is the largest |a - b| / max |b| over all elements. For
 gradients it is that of the worst parameter, where one below 0.1 % of the network's largest gradient counts relative to
 that; they are compared in float64, because in float32 rounding turns single ReLUs of deep networks on or off, which
@@ -180,8 +180,10 @@ MXNet's rounding is its own training forward in float32 against the same in floa
 where it is large, the network with these weights and this small batch amplifies rounding, and no two float32
 implementations agree better. ResNeSt is the extreme: its attention normalises {rows_each} numbers a channel. Networks
 that deviate by more than {WANTED:g} in float32 are therefore compared once more with weights that do not amplify:
-residual branches scaled to {scale}, as trained ones are small beside their shortcuts, and {damped_rows} images. The last
-column is the largest of the three float32 deviations then. Exceptions: {exceptions}.
+residual branches scaled to {scale}, as trained ones are small beside their shortcuts, and {damped_rows} images.
+The last column is the largest of the three float32 deviations then.
+
+Exceptions: {exceptions}.
 
 Given float64, MXNet still computes LeakyReLU's negative side (darknet53) and the weights of BilinearResize2D (residual
 attention) in float32. In the float64 columns our weights of BilinearResize2D are rounded like that: without it, ReLUs
