@@ -30,8 +30,10 @@ def main(argv: list[str]) -> int:
     if missing:
         raise UsageError(f"no such image: {', '.join(missing)}")
     given = read_classes(Path(args.classes)) if args.classes else None
+    from graph.memory import keep_freed_memory
     from graph.trained import load_trained
 
+    keep_freed_memory()
     trained = load_trained(args.prefix, args.epoch, args.image_size)
     prepare = preparation(trained.image_size, trained.arguments)
     predict = predictor(trained)
