@@ -138,6 +138,9 @@ def test_cat_counts_what_the_index_misses(rec, tmp_path, capsys):
     rec.write_bytes(rec.read_bytes()[: place + 5])
     assert edit.cat_main([str(rec), "-o", str(tmp_path / "new" / "saved.rec"), "--skip-damaged", *QUIET]) == 0
     assert "20 records, 40 left out" in capsys.readouterr().out
+    rec.with_suffix(".idx").unlink()
+    assert edit.cat_main([str(rec), "-o", str(tmp_path / "new" / "saved.rec"), "--skip-damaged", *QUIET]) == 0
+    assert "20 records, 1 left out" in capsys.readouterr().out
 
 
 def test_records_with_different_numbers_of_labels(tmp_path, capsys):
