@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from bright_corners import bright_corners
 
 from engines.base import Batch, NonFiniteLoss, TrainState
 from engines.symbol_engine import SymbolEngine
@@ -31,16 +32,7 @@ def tiny_symbol(**options):
 
 
 def batches(count: int, start: int = 0, pad: int = 0) -> list[Batch]:
-    """Images whose brightest corner tells the label, so that there is something to learn."""
-    made = []
-    for index in range(start, start + count):
-        rng = np.random.default_rng(index)
-        labels = rng.integers(0, CLASSES, ROWS)
-        images = rng.integers(0, 128, (ROWS, *IMAGE_SHAPE), dtype=np.uint8)
-        for row, label in enumerate(labels):
-            images[row, label % 3, label : label + 6] += 100
-        made.append(Batch(images, labels, pad))
-    return made
+    return bright_corners(count, ROWS, IMAGE_SHAPE, CLASSES, start, pad)
 
 
 def first_state(symbol, seed: int = 0) -> TrainState:

@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from bright_corners import bright_corners
 
 from conftest import read_lines
 from engines.base import Batch, TrainState
@@ -41,16 +42,7 @@ def first_state(symbol: str) -> TrainState:
 
 
 def batches(count: int) -> list[Batch]:
-    """Images whose brightest corner tells the label."""
-    rng = np.random.default_rng(0)
-    made = []
-    for _ in range(count):
-        labels = rng.integers(0, CLASSES, ROWS)
-        images = rng.integers(0, 128, (ROWS, *IMAGE_SHAPE), dtype=np.uint8)
-        for row, label in enumerate(labels):
-            images[row, label % 3, label : label + 6] += 100
-        made.append(Batch(images, labels))
-    return made
+    return bright_corners(count, ROWS, IMAGE_SHAPE, CLASSES)
 
 
 def trained(symbol: str, state: TrainState, data: list[Batch], device: str = GPU, lr: float = LR, **options):
