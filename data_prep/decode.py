@@ -76,7 +76,7 @@ def image_size(data: bytes | memoryview) -> tuple[int, int] | None:
         height, width, colorspace, _ = jpeg_header(data)
     except ValueError:
         return None
-    return None if _needs_opencv(data, colorspace) else (height, width)
+    return None if colorspace in _INKS or exif_orientation(data) != 1 else (height, width)
 
 
 def reduction(height: int, width: int, target_height: int, target_width: int) -> int:
@@ -114,10 +114,10 @@ def decode_image(data: bytes | memoryview, reduce: int = 1, scratch: Scratch | N
         )
     except ValueError as error:
         raise DecodeError(f"the JPEG does not decode completely ({error})") from None
-    if _needs_opencv(data, colorspace):
-        # Complete, as was just seen; OpenCV converts inks to RGB and turns the picture upright.
+    if colorspace in _INKS:
+        # Complete, as was just seen; OpenCV converts inks to RGB.
         return _decode_with_opencv(data)
-    return image
+    return turn_upright(image, exif_orientation(data))
 
 
 def exif_orientation(data: bytes | memoryview) -> int:
@@ -195,10 +195,6 @@ def _find_exif_in_jpeg(data: bytes | memoryview) -> int:
     return 0
 
 
-def _needs_opencv(data: bytes | memoryview, colorspace: str) -> bool:
-    return colorspace in _INKS or exif_orientation(data) != 1
-
-
 def _decode_unusual_jpeg(data: bytes | memoryview, error: ValueError) -> np.ndarray:
     """A JPEG whose header libjpeg-turbo's simple interface does not take, for example for its subsampling."""
     if bytes(data[-64:]).rstrip(b"\0")[-2:] != _JPEG_END:
@@ -208,15 +204,14 @@ def _decode_unusual_jpeg(data: bytes | memoryview, error: ValueError) -> np.ndar
 
 def _decode_with_opencv(data: bytes | memoryview) -> np.ndarray:
     image = None
-    # OpenCV turns the other kinds upright by itself.
-    turn = _is_webp(data)
     if len(data):
         try:
-            flags = cv2.IMREAD_COLOR | (cv2.IMREAD_IGNORE_ORIENTATION if turn else 0)
+            # It would turn some formats upright by itself, not WebP; TIFF it turns in any case.
+            flags = cv2.IMREAD_COLOR | cv2.IMREAD_IGNORE_ORIENTATION
             image = cv2.imdecode(np.frombuffer(data, np.uint8), flags)
         except cv2.error as error:
             raise DecodeError(f"OpenCV cannot decode it ({error.err or error})") from None
     if image is None:
         raise DecodeError("no complete image of a format that OpenCV reads" if len(data) else "it holds no image bytes")
     image = cv2.cvtColor(image, cv2.COLOR_BGR2RGB, dst=image)
-    return turn_upright(image, exif_orientation(data)) if turn else image
+    return turn_upright(image, exif_orientation(data))
