@@ -182,13 +182,18 @@ def _find_image(root: Path, name: str) -> str | None:
     return None
 
 
-def read_classes(path: Path) -> list[str]:
-    """Class names, one a line; UsageError for a file that cannot be read or names a class twice."""
+def read_names(path: Path) -> list[str]:
+    """Names to show, one a line; two may be equal, as ImageNet's are. UsageError for a file that cannot be read."""
     try:
         with _open_text(path) as file:
-            names = [line.strip() for line in file if line.strip()]
+            return [line.strip() for line in file if line.strip()]
     except UnicodeDecodeError as error:
         raise UsageError(f"{path}: is no text in UTF-8 ({error.reason} at byte {error.start})") from None
+
+
+def read_classes(path: Path) -> list[str]:
+    """Class names, one a line; UsageError for a file that cannot be read or names a class twice."""
+    names = read_names(path)
     if len(set(names)) != len(names):
         raise UsageError(f"{path}: names a class twice")
     return names

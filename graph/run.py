@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from command_line import Parser
-from data_prep.lists import CLASSES_FILE, read_classes
+from data_prep.lists import CLASSES_FILE, read_names
 from errors import UsageError
 from graph.checkpoint_args import add_checkpoint_args
 
@@ -29,7 +29,7 @@ def main(argv: list[str]) -> int:
     missing = [path for path in args.images if not Path(path).is_file()]
     if missing:
         raise UsageError(f"no such image: {', '.join(missing)}")
-    given = read_classes(Path(args.classes)) if args.classes else None
+    given = read_names(Path(args.classes)) if args.classes else None
     from graph.memory import keep_freed_memory
     from graph.trained import load_trained
 
@@ -37,13 +37,12 @@ def main(argv: list[str]) -> int:
     trained = load_trained(args.prefix, args.epoch, args.image_size)
     prepare = preparation(trained.image_size, trained.arguments)
     predict = predictor(trained)
-    names = given
     for start in range(0, len(args.images), ROWS):
         paths = args.images[start : start + ROWS]
         probabilities = predict(np.stack([prepare(path) for path in paths]))
-        check_class_count(given, probabilities.shape[1], args.classes)
-        if not start and given is None:
-            names = classes_of_run(trained.arguments, probabilities.shape[1])
+        if not start:
+            check_class_count(given, probabilities.shape[1], args.classes)
+            names = given or classes_of_run(trained.arguments, probabilities.shape[1])
         for path, row in zip(paths, probabilities):
             print("\n".join(describe(path, row, names)), flush=True)
     return 0
@@ -66,7 +65,7 @@ def classes_of_run(arguments: Mapping[str, object], count: int) -> list[str] | N
     for pack in (arguments.get("train_rec"), arguments.get("val_rec")):
         path = Path(str(pack)).parent / CLASSES_FILE
         with contextlib.suppress(UsageError):
-            if pack and path.is_file() and len(names := read_classes(path)) == count:
+            if pack and path.is_file() and len(names := read_names(path)) == count:
                 # A run notes paths as it was given them: from another folder they may lead to another file.
                 print(f"names of the classes from {path}", file=sys.stderr)
                 return names

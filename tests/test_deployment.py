@@ -177,6 +177,11 @@ def test_names_that_cannot_be_read_are_done_without_unless_asked_for(prefix, pic
     Path(f"{prefix}-0003.json").write_text(json.dumps({"arguments": {"train_rec": str(tmp_path / "train.rec")}}))
     assert run.main([prefix, "3", picture, "--image-size", str(SIZE)]) == 0
     assert "%  class " in capsys.readouterr().out
+    # ImageNet has two classes that are called crane.
+    names.write_text("crane\n" * CLASSES)
+    assert run.main([prefix, "3", picture, "--image-size", str(SIZE), "--classes", str(names)]) == 0
+    assert capsys.readouterr().out.count("%  crane") == 5
+    names.write_bytes(b"caf\xe9\n")
     with pytest.raises(UsageError, match="classes.txt: is no text in UTF-8"):
         run.main([prefix, "3", picture, "--classes", str(names)])
 
