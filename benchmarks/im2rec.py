@@ -22,6 +22,8 @@ from pathlib import Path
 
 import numpy as np
 
+from data_prep.turbojpeg import has_library
+
 ROOT = Path(__file__).resolve().parent.parent
 SIZES = ((375, 500), (500, 375), (333, 500))
 # Different pictures are slow to make; the files repeat, their number is what the benchmark asks for.
@@ -129,7 +131,7 @@ def measure_resize(folder: Path, args: argparse.Namespace) -> dict[str, object]:
     """images/s of both contenders, ours in both its ways, alternating, and the ratios of every round."""
     resize = ["--resize", str(RESIZE)]
     ways = {"ours": ("ours", resize), "mxnet": ("mxnet", resize)}
-    if has_turbojpeg():
+    if has_library():
         ways["yuv_planes"] = ("ours", [*resize, "--yuv-planes"])
     rates: dict[str, list[float]] = {name: [] for name in ways}
     for number in range(args.rounds):
@@ -138,22 +140,10 @@ def measure_resize(folder: Path, args: argparse.Namespace) -> dict[str, object]:
             rates[name].append(args.images / run(command(contender, folder, args.workers, options), folder))
         print(f"round {number + 1}: " + ", ".join(f"{name} {rates[name][-1]:.0f}/s" for name in rates), flush=True)
     result: dict[str, object] = {"images_per_second": rates}
-    for name in rates.keys() - {"mxnet"}:
+    for name in (name for name in rates if name != "mxnet"):
         ratios = [ours / theirs for ours, theirs in zip(rates[name], rates["mxnet"])]
         result[f"{name}_against_mxnet"] = {"median": statistics.median(ratios), "ratios": ratios}
     return result
-
-
-def has_turbojpeg() -> bool:
-    """Whether the library that --yuv-planes needs is installed."""
-    from data_prep.turbojpeg import load_library
-    from errors import UsageError
-
-    try:
-        load_library()
-    except UsageError:
-        return False
-    return True
 
 
 def measure_pass_through(folder: Path, args: argparse.Namespace, kilobytes: float) -> dict[str, list[float]]:

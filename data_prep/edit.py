@@ -13,7 +13,15 @@ import numpy as np
 
 import atomic_file
 from command_line import HelpFormatter, Parser, counted
-from data_prep.lists import CLASSES_FILE, LIST_SUFFIX, SHUFFLE_SEED, Entry, format_item, read_classes
+from data_prep.lists import (
+    CLASSES_FILE,
+    LIST_SUFFIX,
+    SHUFFLE_SEED,
+    Entry,
+    format_item,
+    read_classes,
+    write_classes,
+)
 from data_prep.progress import progress
 from data_prep.recordio import (
     RecordError,
@@ -46,7 +54,7 @@ def _refuse_other_classes(names: list[str], folder: Path) -> None:
 
 def _copy_classes(names: list[str], folder: Path) -> None:
     if names and not (folder / CLASSES_FILE).exists():
-        atomic_file.write_text(folder / CLASSES_FILE, "".join(f"{name}\n" for name in names))
+        write_classes(folder / CLASSES_FILE, names)
 
 
 def cat(

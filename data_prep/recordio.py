@@ -190,11 +190,10 @@ def scan(
                 if damaged is None:
                     raise RecordError(f"{path}: record {number} at offset {offset}: {error}") from None
                 damaged(offset, str(error))
-                here, offset = offset, _next_record(source, offset + (1 if anywhere else 4), anywhere)
-                if anywhere:
-                    # A record that lost bytes reaches into the next one.
-                    inside = _next_record(source, last + 1, anywhere)
-                    offset = inside if inside < here else offset
+                # A record that lost bytes reaches into the next one, which then begins before this place.
+                here, offset = offset, _next_record(source, last + 1 if anywhere else offset + 4, anywhere)
+                if offset == here:
+                    offset = _next_record(source, here + 1, anywhere)
                 last = offset
                 continue
             yield frame

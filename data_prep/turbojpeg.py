@@ -26,6 +26,15 @@ def load_library() -> ctypes.CDLL:
     raise UsageError(f"--yuv-planes needs the library libturbojpeg, 2.0 or later: {_HINT}")
 
 
+def has_library() -> bool:
+    """Whether `load_library` finds it."""
+    try:
+        load_library()
+    except UsageError:
+        return False
+    return True
+
+
 def _declare(library: ctypes.CDLL) -> ctypes.CDLL:
     """Tell ctypes what the functions take; AttributeError when one is missing."""
     library.tjInitDecompress.restype = ctypes.c_void_p

@@ -54,7 +54,6 @@ class Report:
     problems: list[str] = field(default_factory=list)
     bad: set[int] = field(default_factory=set)
     labels: Counter = field(default_factory=Counter)
-    widths: Counter = field(default_factory=Counter)
     sizes: list[tuple[int, int]] = field(default_factory=list)
     kinds: Counter = field(default_factory=Counter)
     width: int = 0

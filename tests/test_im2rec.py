@@ -27,7 +27,7 @@ from data_prep.lists import read_list
 from data_prep.packing import pack_list
 from data_prep.planes import Planes
 from data_prep.recordio import RecordFile
-from data_prep.turbojpeg import load_library
+from data_prep.turbojpeg import has_library, load_library
 from errors import ProjectError, UsageError, run_command
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -333,15 +333,7 @@ def test_images_packed_with_alpha_stand_upright_too(tmp_path, kind):
 # --- planes instead of RGB ---
 
 
-def has_turbojpeg():
-    try:
-        load_library()
-    except UsageError:
-        return False
-    return True
-
-
-needs_turbojpeg = pytest.mark.skipif(not has_turbojpeg(), reason="libturbojpeg is not installed on the system")
+needs_turbojpeg = pytest.mark.skipif(not has_library(), reason="libturbojpeg is not installed on the system")
 
 
 @needs_turbojpeg
