@@ -272,6 +272,8 @@ def _prepare_device(device: str, threads: int | None, tf32: bool) -> torch.devic
     chosen = torch.device(device)
     check_device(device)
     if chosen.type == "cuda":
+        # Pinned memory and compiled kernels belong to the current device, which would be the first one otherwise.
+        torch.cuda.set_device(chosen)
         torch.backends.cuda.matmul.allow_tf32 = tf32
         torch.backends.cudnn.allow_tf32 = tf32
         torch.backends.cudnn.benchmark = True

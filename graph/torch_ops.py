@@ -188,7 +188,9 @@ class BatchNorm(nn.Module):
         self.frozen = False
 
     def forward(self, data: Tensor, gamma: Tensor, beta: Tensor, mean: Tensor, variance: Tensor) -> Tensor:
-        gamma = None if self.fix_gamma else gamma
+        if self.fix_gamma:
+            # Without a gamma PyTorch's GPU kernels return no gradient for beta either, and cuDNN is not asked at all.
+            gamma = torch.ones_like(gamma) if data.is_cuda else None
         if self.axis != 1:
             data = data.movedim(self.axis, 1)
         if self.training and not self.use_global_stats:

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 import torch
 from bright_corners import bright_corners
 
+from conftest import ROOT
 from engines.base import Batch, NonFiniteLoss, TrainState
 from engines.symbol_engine import SymbolEngine
 from engines.torch_engine import TorchEngine
@@ -317,6 +321,14 @@ def test_compiled_training_agrees():
         engine.set_state(first_state(symbol))
         found.append(losses(engine, batches(5), 0.001))
     assert np.allclose(found[0], found[1], rtol=1e-4)
+
+
+def test_everything_is_computed_on_the_device():
+    done = subprocess.run([sys.executable, "-m", "tests.fake_device"], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    lines = [line.split() for line in done.stdout.splitlines()]
+    assert len(lines) == 7
+    assert {place for _, *_, place in lines} == {"numberless"}
 
 
 def test_peak_memory_is_at_least_the_weights():
