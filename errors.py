@@ -43,20 +43,25 @@ def run_command(main: Callable[[], int | None]) -> int:
     try:
         return main() or 0
     except SaidElsewhere as error:
-        return error.exit_status
+        return exit_status_of(error)
     except ProjectError as error:
         print(f"error: {error}", file=sys.stderr)
-        return error.exit_status
+        return exit_status_of(error)
     except ImportError as error:
         hint = explain_import_error(error)
         if hint is None:
             raise
         print(f"error: {hint}", file=sys.stderr)
         return ProjectError.exit_status
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as error:
         print("interrupted", file=sys.stderr)
-        return 130
+        return exit_status_of(error)
     except BrokenPipeError:
         # The reader of our output went away (`| head`): nothing is left to tell, and nobody to tell it to.
         sys.stderr.close()
         return 1
+
+
+def exit_status_of(error: BaseException) -> int:
+    """The status with which `run_command` ends a command that `error` stopped; 1 where Python prints a traceback."""
+    return 130 if isinstance(error, KeyboardInterrupt) else getattr(error, "exit_status", 1)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import numpy as np
 import torch
@@ -100,10 +100,16 @@ class TorchEngine:
         self._scaler = _GradientScaler(self._module, self._device) if dtype == "float16" else None
         self._updates = 0
         self._merged = True  # whether all processes have the same moving statistics
+        self._tried: set[str] = set()
+        self._peak = 0
         self._rows: list[Tensor] = []
         self._counts: list[int] = []
 
     def train_batch(self, batch: Batch, lr: float, total: int | None = None) -> None:
+        with self._trials("train"):
+            self._train_batch(batch, lr, total)
+
+    def _train_batch(self, batch: Batch, lr: float, total: int | None) -> None:
         self._module.train()
         if self._draws:
             _seed_update(self._seed, self._updates, self._group.rank)
@@ -123,7 +129,7 @@ class TorchEngine:
     def predict(self, batch: Batch) -> np.ndarray:
         self._merge_statistics()
         self._module.eval()
-        with torch.no_grad(), self._precision():
+        with self._trials("predict"), torch.no_grad(), self._precision():
             return self._predict_forward(self._images(batch.images)).float().cpu().numpy()
 
     def read_metrics(self) -> Metrics:
@@ -156,13 +162,11 @@ class TorchEngine:
 
     def peak_memory(self) -> int:
         if self._device.type == "cuda":
-            return torch.cuda.max_memory_allocated(self._device)
+            return max(self._peak, torch.cuda.max_memory_allocated(self._device))
         return peak_process_memory()
 
     def close(self) -> None:
         self._train_forward = self._module  # DistributedDataParallel must not outlive the process group
-        if self._device.type == "cuda":
-            torch.cuda.synchronize(self._device)
 
     def _new_optimizer(self) -> Optimizer:
         return Optimizer(self._weights, self._graph, together=self._device.type == "cuda", **self._optimizer_options)
@@ -199,6 +203,17 @@ class TorchEngine:
         for key, tensor in tensors.items():
             tensor.copy_(torch.from_numpy(means[key]))
         self._merged = True
+
+    @contextlib.contextmanager
+    def _trials(self, what: str) -> Iterator[None]:
+        """Around a batch: leaves out of the peak what cuDNN takes in the first one to try its algorithms."""
+        if self._device.type != "cuda" or what in self._tried:
+            yield
+            return
+        self._peak = self.peak_memory() if self._tried else 0
+        self._tried.add(what)
+        yield
+        torch.cuda.reset_peak_memory_stats(self._device)
 
     def _precision(self):
         if self._dtype == torch.float32:
@@ -238,7 +253,8 @@ class _Replica(torch.nn.Module):
         self._forward = forward if forward is not module else None
 
     def forward(self, images: Tensor, labels: Tensor) -> Tensor:
-        return (self._forward or self.module)(images, labels)
+        # "or" would ask a compiled module for its length, which it does not have.
+        return (self.module if self._forward is None else self._forward)(images, labels)
 
 
 class _GradientScaler:
@@ -277,6 +293,9 @@ def _prepare_device(device: str, threads: int | None, tf32: bool) -> torch.devic
         torch.backends.cuda.matmul.allow_tf32 = tf32
         torch.backends.cudnn.allow_tf32 = tf32
         torch.backends.cudnn.benchmark = True
+        if not tf32:
+            # What torch.compile says about it is no news then.
+            warnings.filterwarnings("ignore", message="TensorFloat32 tensor cores .* available but not enabled")
     else:
         keep_freed_memory()
     if threads is not None:

@@ -14,7 +14,7 @@ import torch.distributed as dist
 from torch import nn
 
 from engines.group import Group, PeerLost
-from errors import UsageError
+from errors import UsageError, exit_status_of
 from graph.torch_ops import BatchNorm
 from training.launch_processes import die_with
 
@@ -60,13 +60,18 @@ class TorchGroup(Group):
         self._status = status
         return status
 
+    def __exit__(self, kind: object, error: BaseException | None, *rest: object) -> None:
+        if error is not None:
+            self._status = exit_status_of(error)
+        super().__exit__(kind, error, *rest)
+
     def close(self, failed: bool = False) -> None:
-        if failed and torch.cuda.is_initialized():
-            return  # destroying a communicator waits for its peers; the process ends at once instead
         if not failed:
             self.sum([0.0])  # all wait for each other, over gloo: NCCL's barrier would have to guess a device
-        dist.destroy_process_group()
-        if not failed and self._status is not None:
+        if not failed or not torch.cuda.is_initialized():
+            # NCCL would wait for peers that are gone.
+            dist.destroy_process_group()
+        if self._status is not None:
             atexit.register(_end, self._status)
 
 
@@ -85,7 +90,8 @@ def _end(status: int) -> None:
     """End the process without taking the interpreter apart.
 
     gloo's threads survive destroy_process_group() once DistributedDataParallel was used, and release what they hold of
-    Python's when it suits them; in an interpreter that is half gone that aborts the process (PyTorch 2.13).
+    Python's when it suits them; in an interpreter that is half gone that aborts the process (PyTorch 2.13). A process
+    group with NCCL that was not destroyed complains and waits there.
     """
     sys.stdout.flush()
     sys.stderr.flush()

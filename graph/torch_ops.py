@@ -189,7 +189,7 @@ class BatchNorm(nn.Module):
 
     def forward(self, data: Tensor, gamma: Tensor, beta: Tensor, mean: Tensor, variance: Tensor) -> Tensor:
         if self.fix_gamma:
-            # Without a gamma PyTorch's GPU kernels return no gradient for beta either, and cuDNN is not asked at all.
+            # Without a gamma PyTorch's GPU kernels return no gradient for beta either.
             gamma = torch.ones_like(gamma) if data.is_cuda else None
         if self.axis != 1:
             data = data.movedim(self.axis, 1)
@@ -200,7 +200,9 @@ class BatchNorm(nn.Module):
         return output if self.axis == 1 else output.movedim(1, self.axis)
 
     def _normalise(self, data, gamma, beta, mean, variance, training: bool, rate: float) -> Tensor:
-        cudnn = torch.backends.cudnn.enabled
+        # A fixed gamma often stands before raw pixels. NVIDIA warns that cuDNN's sums over interleaved channels may
+        # overflow for some ranges (CUDNN_BATCHNORM_SPATIAL_PERSISTENT); PyTorch's own add in float32.
+        cudnn = torch.backends.cudnn.enabled and not self.fix_gamma
         return torch.batch_norm(data, gamma, beta, mean, variance, training, rate, self.eps, cudnn)
 
     def _train(self, data, gamma, beta, mean, variance) -> Tensor:
@@ -431,7 +433,10 @@ def _global_pool(call: Call, kind: str, data, rank: int):
 
 def mean_over(data: Tensor, axes: tuple[int, ...], keepdims: bool) -> Tensor:
     """torch.mean, whose gradient is one number for all positions instead of an array as large as `data`."""
-    return torch.sum(data, axes, keepdims) / math.prod(data.shape[axis] for axis in axes)
+    # On GPUs autocast would make the sum float32, and converting its gradient back needs that array. In bfloat16 the
+    # result reaches as far as in float32, and the kernel adds in float32 all the same.
+    dtype = torch.bfloat16 if data.dtype == torch.bfloat16 else None
+    return torch.sum(data, axes, keepdims, dtype=dtype) / math.prod(data.shape[axis] for axis in axes)
 
 
 def full_pool(kind: str, data: Tensor, kernel, stride, pad, include_pad: bool) -> Tensor:

@@ -335,10 +335,13 @@ def test_memory_stays_flat(records):
     assert 2 <= ahead <= 22 < 53
 
 
-def test_small_images_get_one_thread(records, tmp_path):
+def test_small_images_get_one_thread_and_processes_share_the_processors(records, tmp_path, monkeypatch):
     assert default_threads(records) == loader(records).threads == 1
     large = np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)
-    assert default_threads(write_pack(tmp_path / "large.rec", [png(large)])) == processors()
+    pack_of_large = write_pack(tmp_path / "large.rec", [png(large)])
+    assert default_threads(pack_of_large) == processors()
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", str(processors()))
+    assert default_threads(pack_of_large) == 1
 
 
 def test_waiting_is_measured(records):

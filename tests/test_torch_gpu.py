@@ -64,14 +64,17 @@ def test_a_run_moves_between_cpu_and_gpu(symbol, optimizer):
     for start, device in ((0, GPU), (10, "cpu"), (20, GPU)):
         engine, part = trained(symbol, state, data[start : start + 10], device, optimizer=optimizer)
         state, found = engine.get_state(), found + part
-    np.testing.assert_allclose(found, expected, rtol=1e-3)
+    # Adam makes steps of one size out of gradients near zero, whatever their sign.
+    np.testing.assert_allclose(found, expected, rtol=5e-3 if optimizer == "adam" else 1e-3)
     assert state.updates == 30
     assert all(np.isfinite(array).all() for array in state.params.values())
 
 
 def test_predictions_are_those_of_the_cpu(symbol):
     (batch,) = batches(1)
-    engines = [trained(symbol, first_state(symbol), [], device)[0] for device in ("cpu", GPU)]
+    # With statistics of its own: initial ones leave raw pixels as large as they are, and one class all the probability.
+    state = trained(symbol, first_state(symbol), batches(10), "cpu", lr=0.01)[0].get_state()
+    engines = [trained(symbol, state, [], device)[0] for device in ("cpu", GPU)]
     expected, found = (engine.predict(batch) for engine in engines)
     np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-6)
 

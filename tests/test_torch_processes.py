@@ -162,11 +162,15 @@ def trained_alone(symbol, batches: list[Batch], **options) -> dict[str, np.ndarr
     return {**state.params, **state.optimizer}
 
 
-@pytest.mark.parametrize(("processes", "accumulate"), [(2, 2), (4, 1)])
-def test_without_batchnorm_processes_are_one(tmp_path, processes, accumulate):
+@pytest.mark.parametrize(
+    ("processes", "options"),
+    [(2, {"accumulate": 2}), (4, {}), (2, {"compile": True}), (2, {"memonger": True})],
+    ids=str,
+)
+def test_without_batchnorm_processes_are_one(tmp_path, processes, options):
     symbol, batches = network(batch_norm=False), make_batches()
     (tmp_path / "net.json").write_text(symbol.tojson())
-    (tmp_path / "options.json").write_text(json.dumps({"lr": LR, "accumulate": accumulate}))
+    (tmp_path / "options.json").write_text(json.dumps({"lr": LR, **options}))
     np.savez(tmp_path / "first.npz", **first_state(symbol).params)
     np.savez(
         tmp_path / "batches.npz",

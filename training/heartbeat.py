@@ -16,6 +16,8 @@ HEARTBEAT_VARIABLE, WORKER_VARIABLE = "TRAINING_HEARTBEAT", "TRAINING_WORKER"
 RESTARTS_VARIABLES, STARTED_VARIABLE = ("TRAINING_RESTARTS", "TORCHELASTIC_RESTART_COUNT"), "TRAINING_STARTED"
 # Set by PyTorch's agent in every process that it starts.
 TORCH_AGENT_VARIABLE = "TORCHELASTIC_RUN_ID"
+# How many processes train on this machine; PyTorch's agent sets it, and our launcher where all are on one machine.
+LOCAL_PROCESSES_VARIABLE = "LOCAL_WORLD_SIZE"
 
 
 class Heartbeat:

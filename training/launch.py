@@ -21,7 +21,13 @@ from pathlib import Path
 
 from command_line import HelpFormatter, Parser
 from errors import UsageError, run_command
-from training.heartbeat import HEARTBEAT_VARIABLE, RESTARTS_VARIABLES, STARTED_VARIABLE, WORKER_VARIABLE
+from training.heartbeat import (
+    HEARTBEAT_VARIABLE,
+    LOCAL_PROCESSES_VARIABLE,
+    RESTARTS_VARIABLES,
+    STARTED_VARIABLE,
+    WORKER_VARIABLE,
+)
 from training.launch_processes import SIGNAL_EXIT_BASE, STOP_STATUSES, Member, how_it_ended, python_of
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -133,6 +139,7 @@ class Plan:
         if self.hosts:
             return {**{name: os.environ[name] for name in os.environ if name.startswith(PASSED_ON)}, **shared}
         shared["DMLC_NODE_HOST"] = LOOPBACK
+        shared[LOCAL_PROCESSES_VARIABLE] = str(self.workers)
         # Without it every worker would use all processors, and all of them would wait for each other.
         shared["OMP_NUM_THREADS"] = os.environ.get("OMP_NUM_THREADS") or str(max(1, _processors() // self.workers))
         shared["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))

@@ -28,6 +28,7 @@ from data_prep.recordio import Header, RecordError, RecordFile
 from engines.base import IGNORED_LABEL, Batch
 from errors import OptionError, ProjectError, UsageError
 from training.augment import Augmenter
+from training.heartbeat import LOCAL_PROCESSES_VARIABLE
 
 Augment = Callable[[np.ndarray, np.random.Generator], np.ndarray]
 
@@ -48,9 +49,12 @@ def processors() -> int:
 
 
 def default_threads(records: RecordFile) -> int:
-    """One a processor, or a single one where the images are too small to gain from more."""
+    """One a processor, or a single one where the images are too small to gain from more.
+
+    Processes that train together on this machine share its processors.
+    """
     small = records.path.stat().st_size < _SMALL_RECORD * len(records)
-    return 1 if small else processors()
+    return 1 if small else max(1, processors() // int(os.environ.get(LOCAL_PROCESSES_VARIABLE, "1")))
 
 
 def epoch_order(samples: int, seed: int, epoch: int) -> np.ndarray:
