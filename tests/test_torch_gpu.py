@@ -1,6 +1,6 @@
 """The PyTorch engine on a GPU against itself on the CPU; needs PyTorch with CUDA, and no MXNet.
 
-python -m pytest tests/test_torch_gpu.py
+pip install pytest pytest-timeout; python -m pytest tests/test_torch_gpu.py
 """
 
 from __future__ import annotations
