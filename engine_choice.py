@@ -10,7 +10,7 @@ from engines.group import Group
 from errors import UsageError
 from mxnet_settings import recommended_environment
 from networks import Network
-from training.heartbeat import in_torch_job
+from training.heartbeat import in_torch_job, local_processes
 from training.options import ASYNC_STORE, DIST_STORES, ZOO_PREFIX, network_flags, torch_flags
 
 
@@ -63,7 +63,7 @@ def prepare_process(args: argparse.Namespace) -> None:
     # oneDNN's fusion of inference graphs gives wrong results for some (GluonCV's cifar_resnet20_v2: off by a third).
     # "default" fuses nothing unless told what; "NONE" means the same, but is announced at every bind.
     os.environ.setdefault("MXNET_SUBGRAPH_BACKEND", "default")
-    for name, value in recommended_environment(args.cpus or 1).items():
+    for name, value in recommended_environment((args.cpus or 1) * local_processes()).items():
         os.environ.setdefault(name, value)
     if args.memonger:
         os.environ["MXNET_BACKWARD_DO_MIRROR"] = "1"

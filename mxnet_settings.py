@@ -26,7 +26,7 @@ def cores(topology: Path = TOPOLOGY) -> int:
 
 
 def recommended_environment(contexts: int = 1) -> dict[str, str]:
-    """What to set where the user has set nothing. contexts: CPU contexts that compute at the same time, each with
-    threads of its own.
+    """What to set where the user has set nothing. contexts: CPU contexts of all processes on this machine that compute
+    at the same time, each with threads of its own.
     """
     return {"OMP_NUM_THREADS": str(max(1, cores() // contexts))}

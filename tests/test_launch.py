@@ -240,11 +240,22 @@ def test_hosts_through_ssh(dist_flags, tmp_path, fake_ssh):
         ["pgrep", "-f", f"^{sys.executable} train_se_resnext.py.*{tmp_path}"], capture_output=True, text=True
     ).stdout.split()
     assert len(workers) == 2
+    # Two machines, as far as the launcher knows: no processors to share.
+    assert "LOCAL_WORLD_SIZE=1" in Path(f"/proc/{workers[0]}/environ").read_text().split("\0")
     os.kill(int(workers[0]), signal.SIGKILL)
     assert job.wait(timeout=END_SECONDS + 5) == 1
     assert re.search(r"error: worker \d \(rank \d, on (alpha|user@beta)\) was killed by SIGKILL", job.text), job.text
     time.sleep(0.5)
     assert not any(is_running(int(pid)) for pid in workers)
+
+
+def test_a_host_that_ssh_cannot_reach_is_named(dist_flags, tmp_path, fake_ssh):
+    (tmp_path / "hosts").write_text("alpha\n")
+    (tmp_path / "bin" / "ssh").write_text("#!/bin/sh\necho no route to alpha >&2\nexit 255\n")
+    launcher = ["--hosts", tmp_path / "hosts", "--address", "127.0.0.1"]
+    job = Job(dist_flags(lr_steps=""), launcher=launcher, environment=fake_ssh)
+    assert job.wait(timeout=END_SECONDS) == 1
+    assert re.search(r"error: (server|worker) \d \(on alpha\) was lost: ssh could not reach", job.text), job.text
 
 
 def test_dist_async_learns_and_says_what_it_cannot_save(dist_flags, tmp_path):

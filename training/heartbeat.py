@@ -16,7 +16,7 @@ HEARTBEAT_VARIABLE, WORKER_VARIABLE = "TRAINING_HEARTBEAT", "TRAINING_WORKER"
 RESTARTS_VARIABLES, STARTED_VARIABLE = ("TRAINING_RESTARTS", "TORCHELASTIC_RESTART_COUNT"), "TRAINING_STARTED"
 # Set by PyTorch's agent in every process that it starts.
 TORCH_AGENT_VARIABLE = "TORCHELASTIC_RUN_ID"
-# How many processes train on this machine; PyTorch's agent sets it, and our launcher where all are on one machine.
+# How many processes train on this machine; PyTorch's agent sets it, and our launcher.
 LOCAL_PROCESSES_VARIABLE = "LOCAL_WORLD_SIZE"
 
 
@@ -42,6 +42,11 @@ class Heartbeat:
 def in_torch_job() -> bool:
     """Whether torchrun, or our own launcher for PyTorch, started this process."""
     return TORCH_AGENT_VARIABLE in os.environ
+
+
+def local_processes() -> int:
+    """How many processes share this machine's processors for the training."""
+    return int(os.environ.get(LOCAL_PROCESSES_VARIABLE, "1"))
 
 
 def restarted() -> bool:

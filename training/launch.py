@@ -28,7 +28,7 @@ from training.heartbeat import (
     STARTED_VARIABLE,
     WORKER_VARIABLE,
 )
-from training.launch_processes import SIGNAL_EXIT_BASE, STOP_STATUSES, Member, how_it_ended, python_of
+from training.launch_processes import SIGNAL_EXIT_BASE, STOP_STATUSES, Member, python_of
 
 ROOT = Path(__file__).resolve().parent.parent
 LOOPBACK = "127.0.0.1"
@@ -139,7 +139,6 @@ class Plan:
         if self.hosts:
             return {**{name: os.environ[name] for name in os.environ if name.startswith(PASSED_ON)}, **shared}
         shared["DMLC_NODE_HOST"] = LOOPBACK
-        shared[LOCAL_PROCESSES_VARIABLE] = str(self.workers)
         # Without it every worker would use all processors, and all of them would wait for each other.
         shared["OMP_NUM_THREADS"] = os.environ.get("OMP_NUM_THREADS") or str(max(1, _processors() // self.workers))
         shared["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
@@ -158,8 +157,10 @@ class Plan:
             members.append(Member("scheduler", 0, serve, {**local, "DMLC_ROLE": "scheduler"}))
             for number in range(self.servers):
                 add("server", number, serve, self._host(number))
-            for number in range(self.workers):
-                add("worker", number, self.command, self._host(number), **{WORKER_VARIABLE: str(number)})
+            hosts = [self._host(number) for number in range(self.workers)]
+            for number, host in enumerate(hosts):
+                more = {WORKER_VARIABLE: str(number), LOCAL_PROCESSES_VARIABLE: str(hosts.count(host))}
+                add("worker", number, self.command, host, **more)
         except OSError as error:
             kill(members)
             raise UsageError(f"cannot start {error.filename or serve[0]}: {error.strerror}") from error
@@ -253,7 +254,7 @@ class Supervisor:
             own = USAGE_STATUS if status == USAGE_STATUS else 1
             if self.signals and status == -signal.SIGTERM:
                 raise Failure("stopped before the training began", SIGNAL_EXIT_BASE + self.signals[0])
-            raise Failure(f"{member.name} {how_it_ended(status)}", own)
+            raise Failure(f"{member.name} {member.ending(status)}", own)
         gone = [m for m, status in statuses.items() if m.role != "worker" and status == 0]
         if gone:
             self.others_over = self.others_over or time.monotonic()

@@ -60,6 +60,12 @@ class Member:
             status = status if status in STOP_STATUSES else SIGNAL_EXIT_BASE - status
         return status
 
+    def ending(self, status: int) -> str:
+        """How it ended, in words; status: that of `exit_status`."""
+        if self.host is not None and status == SSH_FAILED:
+            return "was lost: ssh could not reach the machine, or the connection broke"
+        return how_it_ended(status)
+
     def is_stopped(self) -> bool:
         """Whether it stands still by a signal (SIGSTOP); known on this machine only."""
         try:

@@ -28,7 +28,7 @@ from data_prep.recordio import Header, RecordError, RecordFile
 from engines.base import IGNORED_LABEL, Batch
 from errors import OptionError, ProjectError, UsageError
 from training.augment import Augmenter
-from training.heartbeat import LOCAL_PROCESSES_VARIABLE
+from training.heartbeat import local_processes
 
 Augment = Callable[[np.ndarray, np.random.Generator], np.ndarray]
 
@@ -54,7 +54,7 @@ def default_threads(records: RecordFile) -> int:
     Processes that train together on this machine share its processors.
     """
     small = records.path.stat().st_size < _SMALL_RECORD * len(records)
-    return 1 if small else max(1, processors() // int(os.environ.get(LOCAL_PROCESSES_VARIABLE, "1")))
+    return 1 if small else max(1, processors() // local_processes())
 
 
 def epoch_order(samples: int, seed: int, epoch: int) -> np.ndarray:

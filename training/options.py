@@ -11,7 +11,7 @@ from architectures import NETWORKS, option_names
 from command_line import HelpFormatter, Parser
 from errors import UsageError
 from training.augment_options import add_augment_args
-from training.heartbeat import LOCAL_PROCESSES_VARIABLE, in_torch_job
+from training.heartbeat import in_torch_job, local_processes
 
 ENGINES = ("auto", "symbol", "gluon", "torch")
 DTYPES = ("float32", "bfloat16", "float16")
@@ -396,7 +396,7 @@ def check_torch_job(args: argparse.Namespace) -> None:
     """Refuse what cannot work in a process that torchrun started."""
     if args.engine not in ("auto", "torch") or args.kv_store in DIST_STORES:
         raise UsageError("torchrun starts processes for --engine torch; MXNet's start with python -m training.launch")
-    local = int(os.environ[LOCAL_PROCESSES_VARIABLE])
+    local = local_processes()
     given = len(args.gpus) if args.gpus else args.cpus or local
     if given != local:
         raise UsageError(f"{given} devices for {local} processes on this machine; make --nproc-per-node {given}")
