@@ -6,17 +6,25 @@ MXNet becomes one when it is imported with that role, and the import only return
 from __future__ import annotations
 
 import os
+import signal
 import sys
+import threading
+import time
 
 from errors import ProjectError, UsageError, run_command
 
 ROLES = ("scheduler", "server")
+# SLURM and Kubernetes send SIGTERM to all processes of a job, and SIGKILL 30 s later. Meanwhile the workers need the
+# servers to finish their batch, to save and to end.
+GRACE_SECONDS = 25
 
 
 def main() -> int:
-    """Serve until the workers are done."""
+    """Serve until the workers are done; after SIGTERM for GRACE_SECONDS at most."""
     if os.environ.get("DMLC_ROLE") not in ROLES:
         raise UsageError("DMLC_ROLE must be scheduler or server; workers run the training command itself")
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+    threading.Thread(target=_end_in_time, daemon=True).start()
     try:
         import mxnet_compat  # noqa: F401 - serves, and exits when the workers are done
     except RuntimeError as error:
@@ -28,6 +36,12 @@ def main() -> int:
             "be this project's scheduler and a free port there"
         ) from None
     return 0
+
+
+def _end_in_time() -> None:
+    number = signal.sigwait({signal.SIGTERM})
+    time.sleep(GRACE_SECONDS)
+    os._exit(128 + number)
 
 
 if __name__ == "__main__":

@@ -19,6 +19,7 @@ import numpy as np
 import pytest
 
 from conftest import ROOT, read_lines, without_times
+from engines.kv_server import GRACE_SECONDS
 from errors import UsageError
 from graph.params_file import read_arrays
 from training.checkpoint import find_latest
@@ -123,35 +124,52 @@ def test_gluon_trains_on_two_workers(train, train_flags, dist_flags, tmp_path):
         np.testing.assert_allclose(other[name], array, rtol=1e-3, atol=1e-5, err_msg=name)
 
 
-def test_variables_of_another_launcher_are_taken_as_they_are(train, train_flags, dist_flags, tmp_path):
-    """As under SLURM or Kubernetes: nobody but the environment says who is who. Here with two servers and contexts."""
+@pytest.fixture
+def another_launcher():
+    """Starts a job as SLURM or Kubernetes do: nobody but the environment says who is who. Here with two servers."""
+    processes: list[subprocess.Popen] = []
+
+    def start(argv: list[str]) -> list[subprocess.Popen]:
+        shared = {
+            "DMLC_PS_ROOT_URI": "127.0.0.1", "DMLC_PS_ROOT_PORT": str(free_port()), "DMLC_NUM_SERVER": "2",
+            "DMLC_NUM_WORKER": "2", "DMLC_NODE_HOST": "127.0.0.1", "OMP_NUM_THREADS": "1",
+            # Arrays above the bound are shared by the servers.
+            "MXNET_KVSTORE_BIGARRAY_BOUND": "1000",
+        }  # fmt: skip
+        for role in ("scheduler", "server", "server", "worker", "worker"):
+            command = ["train_se_resnext.py", *argv] if role == "worker" else ["-m", "engines.kv_server"]
+            environment = {**os.environ, **shared, "DMLC_ROLE": role}
+            processes.append(subprocess.Popen([sys.executable, *command], cwd=ROOT, env=environment))
+        return processes
+
+    yield start
+    for process in processes:
+        process.kill()
+
+
+def test_variables_of_another_launcher_are_taken_as_they_are(
+    train, train_flags, dist_flags, tmp_path, another_launcher
+):
     flags = {"lr_steps": "", "lr": 0.01, "drop_out": 0.0, "epochs": 1, "engine": "symbol"}
     assert train(train_flags("contexts", **flags, cpus=4)) == 0
-    shared = {
-        "DMLC_PS_ROOT_URI": "127.0.0.1", "DMLC_PS_ROOT_PORT": str(free_port()), "DMLC_NUM_SERVER": "2",
-        "DMLC_NUM_WORKER": "2", "DMLC_NODE_HOST": "127.0.0.1", "OMP_NUM_THREADS": "1",
-        # Arrays above the bound are shared by the servers.
-        "MXNET_KVSTORE_BIGARRAY_BOUND": "1000",
-    }  # fmt: skip
-    worker = ["train_se_resnext.py", *dist_flags("workers", **{**flags, "kv_store": "dist_device_sync"}, cpus=2)]
-    roles = {"scheduler": 1, "server": 2, "worker": 2}
-    processes = [
-        subprocess.Popen(
-            [sys.executable, *(worker if role == "worker" else ["-m", "engines.kv_server"])],
-            cwd=ROOT,
-            env={**os.environ, **shared, "DMLC_ROLE": role},
-        )  # fmt: skip
-        for role, count in roles.items()
-        for _ in range(count)
-    ]
-    try:
-        assert [process.wait(timeout=60) for process in processes] == [0] * len(processes)
-    finally:
-        for process in processes:
-            process.kill()
+    processes = another_launcher(dist_flags("workers", **{**flags, "kv_store": "dist_device_sync"}, cpus=2))
+    assert [process.wait(timeout=60) for process in processes] == [0] * len(processes)
     one, other = (read_arrays(tmp_path / "model" / f"{name}-0001.params") for name in ("contexts", "workers"))
     for name, array in one.items():
         np.testing.assert_allclose(other[name], array, rtol=1e-3, atol=1e-5, err_msg=name)
+
+
+def test_a_signal_to_all_processes_lets_the_workers_save(dist_flags, tmp_path, another_launcher):
+    processes = another_launcher(dist_flags(epochs=SLOW, lr_steps=""))
+    deadline = time.monotonic() + 60
+    while updates(tmp_path / "log" / "run") < 3:
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    for process in processes:
+        process.terminate()
+    stopped = 128 + signal.SIGTERM
+    assert [process.wait(timeout=GRACE_SECONDS - 5) for process in processes] == [0, 0, 0, stopped, stopped]
+    assert find_latest(tmp_path / "model" / "run")[0].state.updates == updates(tmp_path / "log" / "run")
 
 
 def test_a_port_in_use_is_one_line(tmp_path):
