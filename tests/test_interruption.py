@@ -6,11 +6,13 @@ import os
 import random
 import shutil
 import signal
+import subprocess
+import sys
 import time
 
 import pytest
 
-from conftest import read_lines, start_training, without_times
+from conftest import ROOT, read_lines, start_training, without_times
 from engines.symbol_engine import SymbolEngine
 from training.checkpoint import find_latest
 
@@ -81,6 +83,21 @@ def test_signal_finishes_the_batch_saves_and_exits(train_flags, tmp_path, number
     checkpoint, passed_over = find_latest(tmp_path / "model" / "run")
     assert not passed_over
     assert checkpoint.state.updates == trained_updates(log)
+
+
+def test_only_ctrl_c_ends_a_run_that_is_stopping_at_once():
+    code = """
+import os, signal
+from engines.group import Group
+from training.loop import StopRequest
+with StopRequest(Group()) as stop:
+    for number in (signal.SIGTERM, signal.SIGTERM, signal.SIGINT):
+        os.kill(os.getpid(), number)
+        print(stop.signal)
+"""
+    done = subprocess.run([sys.executable, "-uc", code], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 128 + signal.SIGINT
+    assert done.stdout.split() == [str(int(signal.SIGTERM))] * 2, done.stderr
 
 
 def test_signal_ends_a_validation_which_a_resumed_run_repeats(train, train_flags, tmp_path, monkeypatch):

@@ -24,7 +24,10 @@ SIGNAL_EXIT_BASE = 128
 
 
 class StopRequest:
-    """Turns the first SIGTERM or SIGINT into a flag that the loop reads; a second one ends the process at once.
+    """Turns the first SIGTERM or SIGINT into a flag that the loop reads; a SIGINT after that ends the process at once.
+
+    A SIGTERM after that says nothing new: SLURM, systemd and others send it to all processes of a job, and launchers
+    among these pass it on.
 
     signal: what this process got. agreed: what the processes of the group know of together, so that they stop after
     the same batch.
@@ -56,9 +59,10 @@ class StopRequest:
             signal.signal(number, handler)
 
     def _handle(self, number: int, frame: object) -> None:
-        if self.signal is not None:
+        if self.signal is None:
+            self.signal = number
+        elif number == signal.SIGINT:
             os._exit(SIGNAL_EXIT_BASE + number)
-        self.signal = number
 
     @property
     def exit_status(self) -> int:
