@@ -92,7 +92,7 @@ def start_processes(args: argparse.Namespace, argv: list[str] | None) -> int | N
     if reason:
         print(reason, file=sys.stderr)
     given = sys.argv[1:] if argv is None else argv
-    return run_processes([*given, "--engine", "torch"], devices, args.max_restarts)
+    return run_processes([*given, "--engine", "torch"], devices, args.max_restarts, args.stall_timeout)
 
 
 def join_group(args: argparse.Namespace) -> Group:

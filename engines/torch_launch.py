@@ -10,8 +10,9 @@ import logging
 import os
 import signal
 import sys
+import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
@@ -19,26 +20,37 @@ from torch.distributed.launcher.api import LaunchConfig, launch_agent
 
 from engines.group import PeerLost
 from errors import ProjectError, UsageError
-from training.heartbeat import RESTARTS_VARIABLES, STARTED_VARIABLE
-from training.launch_processes import SIGNAL_EXIT_BASE, STOP_STATUSES, how_it_ended
+from training.heartbeat import (
+    HEARTBEAT_VARIABLE,
+    RESTARTS_VARIABLES,
+    START_SECONDS,
+    STARTED_VARIABLE,
+    WORKER_VARIABLE,
+    Listener,
+)
+from training.launch_processes import SIGNAL_EXIT_BASE, STOP_STATUSES, how_it_ended, how_it_has_stalled, is_stopped
 
 SCRIPT = Path(__file__).resolve().parent.parent / "train_se_resnext.py"
 # How long the processes that are left may take to end by themselves when one died, before they are killed.
 SHUTDOWN_SECONDS = 4
+LOOPBACK = "127.0.0.1"
+POLL_SECONDS = 0.2
 
 
-def run_processes(argv: Sequence[str], processes: int, max_restarts: int) -> int:
+def run_processes(argv: Sequence[str], processes: int, max_restarts: int, stall_timeout: float) -> int:
     """Run the training command with `argv` in so many processes; returns 0, or 128 + signal when it was stopped.
 
-    A process that dies ends the others, and the job starts again from its newest checkpoint `max_restarts` times.
-    Raises ProjectError, naming the rank and how it ended, after that. Returns 2 after a mistake of the user's, which a
-    process has named and would make again.
+    A process that dies, or finishes no batch for `stall_timeout` seconds, ends the others, and the job starts again
+    from its newest checkpoint `max_restarts` times. Raises ProjectError, naming the rank and how it ended, after that.
+    Returns 2 after a mistake of the user's, which a process has named and would make again.
     """
     # The agent reports every death at length; it is said below in one line.
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
     threads = os.environ.get("OMP_NUM_THREADS") or str(max(1, len(os.sched_getaffinity(0)) // processes))
+    watch = _StallWatch(stall_timeout)
     shared = {
-        "OMP_NUM_THREADS": threads, STARTED_VARIABLE: str(time.time()), RESTARTS_VARIABLES[0]: "0"
+        "OMP_NUM_THREADS": threads, STARTED_VARIABLE: str(time.time()), RESTARTS_VARIABLES[0]: "0",
+        HEARTBEAT_VARIABLE: f"{LOOPBACK}:{watch.port}", WORKER_VARIABLE: "0",
     }  # fmt: skip
     config = LaunchConfig(
         min_nodes=1, max_nodes=1, nproc_per_node=processes, rdzv_backend="c10d", rdzv_endpoint="localhost:0",
@@ -46,7 +58,7 @@ def run_processes(argv: Sequence[str], processes: int, max_restarts: int) -> int
         shutdown_timeout=SHUTDOWN_SECONDS,
     )  # fmt: skip
     received: list[int] = []
-    with _environment(shared), _signals_passed_on(received):
+    with _environment(shared), _signals_passed_on(received), watch:
         # The agent could start the processes again by itself, but would not say why.
         for attempt in range(max_restarts + 1):
             os.environ[RESTARTS_VARIABLES[0]] = str(attempt)
@@ -54,7 +66,7 @@ def run_processes(argv: Sequence[str], processes: int, max_restarts: int) -> int
                 launch_agent(config, sys.executable, [str(SCRIPT), *argv])
                 break
             except ChildFailedError as error:
-                status, what = _first_death(error)
+                status, what = _first_death(error, watch.stalls)
                 if received:
                     break
                 if status in STOP_STATUSES or status == UsageError.exit_status:
@@ -65,12 +77,62 @@ def run_processes(argv: Sequence[str], processes: int, max_restarts: int) -> int
     return SIGNAL_EXIT_BASE + received[0] if received else 0
 
 
-def _first_death(error: ChildFailedError) -> tuple[int, str]:
+class _StallWatch(threading.Thread):
+    """Kills a training process that finishes no batch for `limit` seconds, which PyTorch's agent then notices.
+
+    port: where the processes send their signs of life. stalls: process -> what it was killed for.
+    """
+
+    def __init__(self, limit: float) -> None:
+        super().__init__(daemon=True)
+        self._listener = Listener(LOOPBACK)
+        self._limit = limit
+        self._over = threading.Event()
+        self.port = self._listener.port
+        self.stalls: dict[int, str] = {}
+
+    def __enter__(self) -> _StallWatch:
+        self.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._over.set()
+        self.join()
+
+    def run(self) -> None:
+        with self._listener:
+            self._watch()
+
+    def _watch(self) -> None:
+        silent_since: dict[int, float] = {}
+        running: set[int] = set()
+        while not self._over.wait(POLL_SECONDS):
+            now = time.monotonic()
+            heard = {rank for _, rank in self._listener.hear()}
+            training = {pid: rank for pid in children() if (rank := rank_of(pid)) is not None}
+            for pid, rank in training.items():
+                silent_since.setdefault(pid, now)
+                if rank in heard:
+                    silent_since[pid] = now
+                    running.add(pid)
+            # A stopped process makes the others wait for it, so it is the one to end.
+            stopped = {pid for pid in training if is_stopped(pid)}
+            for pid in sorted(training, key=lambda pid: (pid not in stopped, silent_since[pid])):
+                limit = self._limit if pid in stopped or pid in running else max(self._limit, START_SECONDS)
+                if now - silent_since[pid] > limit:
+                    self.stalls[pid] = how_it_has_stalled(pid in stopped, limit)
+                    os.kill(pid, signal.SIGKILL)
+                    silent_since = dict.fromkeys(training, now)  # the others, which waited for it, are about to end
+                    break
+
+
+def _first_death(error: ChildFailedError, stalls: Mapping[int, str]) -> tuple[int, str]:
     """Exit status of the process that ended the job, and a line that names it."""
     # The others noticed it and gave up, or the agent ended them.
     followed = (PeerLost.exit_status, -signal.SIGTERM)
     rank, failure = min(error.failures.items(), key=lambda item: (item[1].exitcode in followed, item[1].timestamp))
-    return failure.exitcode, f"rank {rank} (process {failure.pid}) {how_it_ended(failure.exitcode)}"
+    how = stalls.get(failure.pid) or how_it_ended(failure.exitcode)
+    return failure.exitcode, f"rank {rank} (process {failure.pid}) {how}"
 
 
 @contextlib.contextmanager
@@ -119,3 +181,12 @@ def children() -> list[int]:
         if parent == os.getpid():
             found.append(int(path.parent.name))
     return found
+
+
+def rank_of(pid: int) -> int | None:
+    """The rank that PyTorch's agent gave to a process; None where it has none, or has ended."""
+    try:
+        variables = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
+    except OSError:
+        return None
+    return next((int(variable[5:]) for variable in variables if variable.startswith(b"RANK=")), None)

@@ -114,6 +114,19 @@ def test_a_dead_rank_ends_the_job(torch_flags, tmp_path):
     assert not passed_over
 
 
+def test_a_rank_that_stands_still_is_ended_and_the_job_goes_on(torch_flags, tmp_path):
+    flags = {"epochs": 3, "save_every": 2, "stall_timeout": 3, "max_restarts": 1}
+    process = start_training(torch_flags(**flags), stderr=subprocess.PIPE, text=True)
+    wait_for_update(process, tmp_path / "log" / "run", 4)
+    rank = ranks_of(process)[1]
+    os.kill(rank, signal.SIGSTOP)
+    error = process.communicate(timeout=120)[1]
+    assert process.returncode == 0, error
+    assert re.search(rf"rank \d \(process {rank}\) stands still \(SIGSTOP\); restart 1 of 1", error), error
+    assert re.search(r"continuing from run-000\db000000\d", error), error
+    assert not is_running(rank)
+
+
 @pytest.mark.parametrize("to_a_rank", [False, True], ids=["to the launcher", "to a rank"])
 def test_sigterm_stops_all_ranks_with_one_checkpoint(torch_flags, tmp_path, to_a_rank):
     process = start_training(torch_flags(epochs=SLOW, max_restarts=1), stderr=subprocess.PIPE, text=True)

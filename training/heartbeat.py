@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import os
 import socket
+from collections.abc import Iterator
 
 # host:port where the launcher listens, and the number it gave the worker.
 HEARTBEAT_VARIABLE, WORKER_VARIABLE = "TRAINING_HEARTBEAT", "TRAINING_WORKER"
@@ -18,6 +19,13 @@ RESTARTS_VARIABLES, STARTED_VARIABLE = ("TRAINING_RESTARTS", "TORCHELASTIC_RESTA
 TORCH_AGENT_VARIABLE = "TORCHELASTIC_RUN_ID"
 # How many processes train on this machine; PyTorch's agent sets it, and our launcher.
 LOCAL_PROCESSES_VARIABLE = "LOCAL_WORLD_SIZE"
+
+
+# Importing frameworks, reading data and checkpoints, the first batch: a process that starts may take longer than one
+# that runs.
+START_SECONDS = 600.0
+# Silence after which a process counts as dead, unless a flag says otherwise.
+STALL_SECONDS = 600.0
 
 
 class Heartbeat:
@@ -37,6 +45,34 @@ class Heartbeat:
         if self._socket is not None:
             with contextlib.suppress(OSError):
                 self._socket.sendto(self._message, self._target)
+
+
+class Listener:
+    """The launcher's end, for HEARTBEAT_VARIABLE. host: the address to listen at, "" for all of this machine's."""
+
+    def __init__(self, host: str) -> None:
+        self._socket = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+        self._socket.bind((host, 0))
+        self._socket.setblocking(False)
+        self.port: int = self._socket.getsockname()[1]
+
+    def __enter__(self) -> Listener:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._socket.close()
+
+    def hear(self) -> Iterator[tuple[int, int]]:
+        """(number, rank) for every sign of life that has come since."""
+        while True:
+            try:
+                words = self._socket.recv(64).split()
+                sign = int(words[0]), int(words[1])
+            except BlockingIOError:
+                return
+            except (ValueError, IndexError):
+                continue  # not from one of ours
+            yield sign
 
 
 def in_torch_job() -> bool:

@@ -25,19 +25,19 @@ from training.heartbeat import (
     HEARTBEAT_VARIABLE,
     LOCAL_PROCESSES_VARIABLE,
     RESTARTS_VARIABLES,
+    STALL_SECONDS,
+    START_SECONDS,
     STARTED_VARIABLE,
     WORKER_VARIABLE,
+    Listener,
 )
-from training.launch_processes import SIGNAL_EXIT_BASE, STOP_STATUSES, Member, python_of
+from training.launch_processes import SIGNAL_EXIT_BASE, STOP_STATUSES, Member, how_it_has_stalled, python_of
 
 ROOT = Path(__file__).resolve().parent.parent
 LOOPBACK = "127.0.0.1"
 POLL_SECONDS = 0.05
 # Scheduler and servers end a moment before or after the workers; a longer moment means that something is wrong.
 END_SECONDS = 5.0
-# Importing frameworks, reading data and checkpoints, the first batch: a worker that starts may take longer than one
-# that runs.
-START_SECONDS = 600.0
 USAGE_STATUS = UsageError.exit_status
 # Variables of the launcher's environment that processes on other machines get as well.
 PASSED_ON = ("DMLC_", "PS_", "MXNET_", "OMP_", "DNNL_", "NCCL_", "CUDA_")
@@ -68,7 +68,7 @@ def build_parser() -> argparse.ArgumentParser:
         help="start again from the newest checkpoint when a process died, so many times",
     )  # fmt: skip
     failures.add_argument(
-        "--stall-timeout", type=_number(float, 1), default=600.0, metavar="SECONDS",
+        "--stall-timeout", type=_number(float, 1), default=STALL_SECONDS, metavar="SECONDS",
         help=f"a worker that finishes no batch for so long counts as dead; one that starts has {START_SECONDS:g} s",
     )  # fmt: skip
     parser.add_argument("command", nargs=argparse.REMAINDER, help="-- and the training command")
@@ -198,7 +198,7 @@ class Failure(Exception):
 class Supervisor:
     """Watches the processes of one attempt. signals: SIGTERM or SIGINT that the launcher got, filled by a handler."""
 
-    def __init__(self, members: Sequence[Member], heartbeats: socket.socket, stall_timeout: float, signals: list[int]):
+    def __init__(self, members: Sequence[Member], heartbeats: Listener, stall_timeout: float, signals: list[int]):
         self.members = members
         self.workers = [member for member in members if member.role == "worker"]
         self.heartbeats = heartbeats
@@ -230,14 +230,7 @@ class Supervisor:
             time.sleep(POLL_SECONDS)
 
     def _listen(self) -> None:
-        while True:
-            try:
-                words = self.heartbeats.recv(64).split()
-                number, rank = int(words[0]), int(words[1])
-            except BlockingIOError:
-                return
-            except (ValueError, IndexError):
-                continue  # not from one of ours
+        for number, rank in self.heartbeats.hear():
             if 0 <= number < len(self.workers):
                 self.workers[number].rank = rank
                 self.heard[self.workers[number]] = time.monotonic()
@@ -273,8 +266,7 @@ class Supervisor:
         for member in stopped + running:
             limit = self.stall_timeout if member in stopped or member.rank is not None else starting
             if now - self.heard[member] > limit:
-                how = "stands still (SIGSTOP)" if member in stopped else f"gave no sign of life for {limit:g} s"
-                raise Failure(f"{member.name} {how}")
+                raise Failure(f"{member.name} {how_it_has_stalled(member in stopped, limit)}")
 
     def _wait_for_others(self) -> None:
         deadline = time.monotonic() + END_SECONDS
@@ -288,11 +280,9 @@ def run_job(plan: Plan, max_restarts: int, stall_timeout: float) -> int:
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda number, _frame: signals.append(number))
     started = time.time()
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as heartbeats:
-        heartbeats.bind((LOOPBACK if not plan.hosts else "", 0))
-        heartbeats.setblocking(False)
+    with Listener(LOOPBACK if not plan.hosts else "") as heartbeats:
         for attempt in range(max_restarts + 1):
-            members = plan.start(plan.environment(attempt, started, heartbeats.getsockname()[1]))
+            members = plan.start(plan.environment(attempt, started, heartbeats.port))
             say(f"started {', '.join(member.name for member in members)}")
             try:
                 return Supervisor(members, heartbeats, stall_timeout, signals).run()

@@ -68,11 +68,7 @@ class Member:
 
     def is_stopped(self) -> bool:
         """Whether it stands still by a signal (SIGSTOP); known on this machine only."""
-        try:
-            stat = Path(f"/proc/{self.process.pid}/stat").read_text()
-        except OSError:
-            return False
-        return self.host is None and stat.rpartition(")")[2].split()[0] in ("T", "t")
+        return self.host is None and is_stopped(self.process.pid)
 
     def ask_to_stop(self) -> None:
         """SIGTERM: finish the batch, save, end."""
@@ -95,6 +91,20 @@ class Member:
 
 # How the training command ends after SIGINT and SIGTERM.
 STOP_STATUSES = (SIGNAL_EXIT_BASE + signal.SIGINT, SIGNAL_EXIT_BASE + signal.SIGTERM)
+
+
+def is_stopped(pid: int) -> bool:
+    """Whether a process of this machine stands still by a signal (SIGSTOP)."""
+    try:
+        stat = Path(f"/proc/{pid}/stat").read_text()
+    except OSError:
+        return False
+    return stat.rpartition(")")[2].split()[0] in ("T", "t")
+
+
+def how_it_has_stalled(stopped: bool, seconds: float) -> str:
+    """In words. seconds: without a sign of life."""
+    return "stands still (SIGSTOP)" if stopped else f"gave no sign of life for {seconds:g} s"
 
 
 def how_it_ended(status: int) -> str:

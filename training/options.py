@@ -11,7 +11,7 @@ from architectures import NETWORKS, option_names
 from command_line import HelpFormatter, Parser
 from errors import UsageError
 from training.augment_options import add_augment_args
-from training.heartbeat import in_torch_job, local_processes
+from training.heartbeat import STALL_SECONDS, START_SECONDS, in_torch_job, local_processes
 
 ENGINES = ("auto", "symbol", "gluon", "torch")
 DTYPES = ("float32", "bfloat16", "float16")
@@ -256,6 +256,11 @@ def add_device_args(parser: argparse.ArgumentParser) -> None:
         help="start several processes again from the newest checkpoint when one died, so many times (PyTorch; "
         "python -m training.launch has its own)",
     )  # fmt: skip
+    group.add_argument(
+        "--stall-timeout", type=number(float, 1), default=STALL_SECONDS, metavar="SECONDS",
+        help="of several processes one that finishes no batch for so long counts as dead; one that starts has "
+        f"{START_SECONDS:g} s (PyTorch; python -m training.launch has its own)",
+    )  # fmt: skip
     group.add_argument("--no-tf32", action="store_true", help="full float32 products on GPUs that have TF32 (PyTorch)")
     group.add_argument(
         "--kv-store", choices=KV_STORES, default="device",
@@ -339,6 +344,7 @@ def torch_flags(args: argparse.Namespace) -> list[str]:
     given = {
         "--dtype": args.dtype != "float32", "--compile": args.compile, "--no-tf32": args.no_tf32,
         "--sync-bn": args.sync_bn, "--accumulate": args.accumulate > 1, "--max-restarts": args.max_restarts > 0,
+        "--stall-timeout": args.stall_timeout != STALL_SECONDS,
     }  # fmt: skip
     return [flag for flag, value in given.items() if value]
 

@@ -20,7 +20,7 @@ RECORDED_PACKAGES = ("mxnet", "mxnet-cu112", "torch", "numpy", "opencv-python", 
 # Flags in which the processes of one run may differ: each machine has its own devices and folders.
 OWN_FLAGS = {
     "gpus", "cpus", "data_dir", "train_rec", "val_rec", "model_prefix", "model_load_prefix", "log_dir", "data_threads",
-    "max_restarts",
+    "max_restarts", "stall_timeout",
 }  # fmt: skip
 
 

@@ -32,7 +32,8 @@ SLOTS = {"sgd": {"momentum"}, "nag": {"momentum"}, "adam": {"mean", "variance"}}
 # Flags that may differ when a run is continued without changing what it computes, or that are spoken of elsewhere.
 FREE_FLAGS = {
     "resume", "retrain", "model_load_epoch", "model_load_prefix", "model_prefix", "overwrite", "log_dir", "frequent",
-    "epochs", "lr", "lr_steps", "save_every", "keep", "data_threads", "data_dir", "max_restarts", "optimizer",
+    "epochs", "lr", "lr_steps", "save_every", "keep", "data_threads", "data_dir", "max_restarts", "stall_timeout",
+    "optimizer",
 }  # fmt: skip
 
 
