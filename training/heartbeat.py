@@ -19,8 +19,6 @@ RESTARTS_VARIABLES, STARTED_VARIABLE = ("TRAINING_RESTARTS", "TORCHELASTIC_RESTA
 TORCH_AGENT_VARIABLE = "TORCHELASTIC_RUN_ID"
 # How many processes train on this machine; PyTorch's agent sets it, and our launcher.
 LOCAL_PROCESSES_VARIABLE = "LOCAL_WORLD_SIZE"
-
-
 # Importing frameworks, reading data and checkpoints, the first batch: a process that starts may take longer than one
 # that runs.
 START_SECONDS = 600.0
