@@ -341,6 +341,8 @@ def test_small_images_get_one_thread_and_processes_share_the_processors(records,
     pack_of_large = write_pack(tmp_path / "large.rec", [png(large)])
     assert default_threads(pack_of_large) == processors()
     monkeypatch.setenv("LOCAL_WORLD_SIZE", str(processors()))
+    assert default_threads(pack_of_large) == processors()  # left over from something else
+    monkeypatch.setenv("TRAINING_WORKER", "0")
     assert default_threads(pack_of_large) == 1
 
 

@@ -79,8 +79,9 @@ def in_torch_job() -> bool:
 
 
 def local_processes() -> int:
-    """How many processes share this machine's processors for the training."""
-    return int(os.environ.get(LOCAL_PROCESSES_VARIABLE, "1"))
+    """How many processes share this machine's processors for the training; 1 where no launcher started this one."""
+    launched = in_torch_job() or WORKER_VARIABLE in os.environ
+    return int(os.environ.get(LOCAL_PROCESSES_VARIABLE, "1")) if launched else 1
 
 
 def restarted() -> bool:
