@@ -83,7 +83,7 @@ class Group:
         return Metrics(int(count), float(loss), int(top1), int(top5))
 
     def decide(self, choose: Callable[[], T]) -> T:
-        """What `choose` returns on rank 0, or the ProjectError that it raises there, in every process."""
+        """What `choose` returns on rank 0; where it raises a ProjectError there, the others raise SaidElsewhere."""
         if self.size == 1:
             return choose()
         chosen: object = None
@@ -95,7 +95,7 @@ class Group:
         # Between the processes of one run, which trust each other; nothing of this reaches a file.
         result = pickle.loads(self.broadcast(pickle.dumps(chosen) if self.leads else b""))
         if isinstance(result, ProjectError):
-            raise result
+            raise result if self.leads else SaidElsewhere(result.exit_status)
         return result
 
     def attempt(self, action: Callable[[], T]) -> T:

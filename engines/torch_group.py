@@ -16,6 +16,7 @@ from torch import nn
 from engines.group import Group, PeerLost
 from errors import UsageError, exit_status_of
 from graph.torch_ops import BatchNorm
+from training.heartbeat import LAUNCHER_VARIABLE
 from training.launch_processes import die_with
 
 _BACKENDS = {"cpu": "gloo", "cuda": "cpu:gloo,cuda:nccl"}
@@ -28,7 +29,7 @@ class TorchGroup(Group):
 
     def __init__(self, device: str) -> None:
         self._status: int | None = None  # that the process ends with, once the training is over
-        die_with(os.getppid())
+        die_with(int(os.environ.get(LAUNCHER_VARIABLE) or os.getppid()))
         kind = torch.device(device).type
         check_device(device)
         if kind == "cuda":
@@ -93,8 +94,9 @@ def _end(status: int) -> None:
     Python's when it suits them; in an interpreter that is half gone that aborts the process (PyTorch 2.13). A process
     group with NCCL that was not destroyed complains and waits there.
     """
-    sys.stdout.flush()
-    sys.stderr.flush()
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(AttributeError, OSError, ValueError):  # None where it was closed from the start
+            stream.flush()
     os._exit(status)
 
 

@@ -10,11 +10,13 @@ import logging
 import os
 import signal
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
+from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.launcher.api import LaunchConfig, launch_agent
 
@@ -22,19 +24,26 @@ from engines.group import PeerLost
 from errors import ProjectError, UsageError
 from training.heartbeat import (
     HEARTBEAT_VARIABLE,
+    LAUNCHER_VARIABLE,
     RESTARTS_VARIABLES,
-    START_SECONDS,
     STARTED_VARIABLE,
     WORKER_VARIABLE,
     Listener,
 )
-from training.launch_processes import SIGNAL_EXIT_BASE, STOP_STATUSES, how_it_ended, how_it_has_stalled, is_stopped
+from training.launch_processes import (
+    SIGNAL_EXIT_BASE,
+    STOP_STATUSES,
+    StallClock,
+    how_it_ended,
+    is_stopped,
+    state_and_parent,
+)
 
 SCRIPT = Path(__file__).resolve().parent.parent / "train_se_resnext.py"
 # How long the processes that are left may take to end by themselves when one died, before they are killed.
 SHUTDOWN_SECONDS = 4
 LOOPBACK = "127.0.0.1"
-POLL_SECONDS = 0.2
+POLL_SECONDS = 0.5
 
 
 def run_processes(argv: Sequence[str], processes: int, max_restarts: int, stall_timeout: float) -> int:
@@ -50,15 +59,15 @@ def run_processes(argv: Sequence[str], processes: int, max_restarts: int, stall_
     watch = _StallWatch(stall_timeout)
     shared = {
         "OMP_NUM_THREADS": threads, STARTED_VARIABLE: str(time.time()), RESTARTS_VARIABLES[0]: "0",
-        HEARTBEAT_VARIABLE: f"{LOOPBACK}:{watch.port}", WORKER_VARIABLE: "0",
+        HEARTBEAT_VARIABLE: f"{LOOPBACK}:{watch.port}", WORKER_VARIABLE: "0", LAUNCHER_VARIABLE: str(os.getpid()),
     }  # fmt: skip
-    config = LaunchConfig(
-        min_nodes=1, max_nodes=1, nproc_per_node=processes, rdzv_backend="c10d", rdzv_endpoint="localhost:0",
-        run_id=f"train-{os.getpid()}", max_restarts=0, signals_to_handle="",
-        shutdown_timeout=SHUTDOWN_SECONDS,
-    )  # fmt: skip
     received: list[int] = []
-    with _environment(shared), _signals_passed_on(received), watch:
+    with tempfile.TemporaryDirectory() as folder, _environment(shared), _signals_passed_on(received), watch:
+        config = LaunchConfig(
+            min_nodes=1, max_nodes=1, nproc_per_node=processes, rdzv_backend="c10d", rdzv_endpoint="localhost:0",
+            run_id=f"train-{os.getpid()}", max_restarts=0, signals_to_handle="", shutdown_timeout=SHUTDOWN_SECONDS,
+            logs_specs=DefaultLogsSpecs(log_dir=folder),  # PyTorch would leave its own folder behind
+        )  # fmt: skip
         # The agent could start the processes again by itself, but would not say why.
         for attempt in range(max_restarts + 1):
             os.environ[RESTARTS_VARIABLES[0]] = str(attempt)
@@ -67,11 +76,11 @@ def run_processes(argv: Sequence[str], processes: int, max_restarts: int, stall_
                 break
             except ChildFailedError as error:
                 status, what = _first_death(error, watch.stalls)
-                if received:
+                if received and (ended_at_once(received) or status in (*STOP_STATUSES, -signal.SIGTERM)):
                     break
                 if status in STOP_STATUSES or status == UsageError.exit_status:
                     return status
-                if attempt == max_restarts:
+                if received or attempt == max_restarts:
                     raise ProjectError(f"{what}; the other processes were ended") from None
                 print(f"{what}; restart {attempt + 1} of {max_restarts} from the newest checkpoint", file=sys.stderr)
     return SIGNAL_EXIT_BASE + received[0] if received else 0
@@ -104,26 +113,19 @@ class _StallWatch(threading.Thread):
             self._watch()
 
     def _watch(self) -> None:
-        silent_since: dict[int, float] = {}
-        running: set[int] = set()
+        clock: StallClock[int] = StallClock(self._limit)
         while not self._over.wait(POLL_SECONDS):
-            now = time.monotonic()
-            heard = {rank for _, rank in self._listener.hear()}
+            ranks = {rank for _, rank in self._listener.hear()}
             training = {pid: rank for pid in children() if (rank := rank_of(pid)) is not None}
-            for pid, rank in training.items():
-                silent_since.setdefault(pid, now)
-                if rank in heard:
-                    silent_since[pid] = now
-                    running.add(pid)
-            # A stopped process makes the others wait for it, so it is the one to end.
-            stopped = {pid for pid in training if is_stopped(pid)}
-            for pid in sorted(training, key=lambda pid: (pid not in stopped, silent_since[pid])):
-                limit = self._limit if pid in stopped or pid in running else max(self._limit, START_SECONDS)
-                if now - silent_since[pid] > limit:
-                    self.stalls[pid] = how_it_has_stalled(pid in stopped, limit)
-                    os.kill(pid, signal.SIGKILL)
-                    silent_since = dict.fromkeys(training, now)  # the others, which waited for it, are about to end
-                    break
+            heard = [pid for pid, rank in training.items() if rank in ranks]
+            stall = clock.find(time.monotonic(), training, heard, [pid for pid in training if is_stopped(pid)])
+            if stall is None:
+                continue
+            pid, how = stall
+            self.stalls[pid] = how
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+            clock = StallClock(self._limit)  # the others, which waited for it, are about to end
 
 
 def _first_death(error: ChildFailedError, stalls: Mapping[int, str]) -> tuple[int, str]:
@@ -151,13 +153,17 @@ def _environment(variables: dict[str, str]) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _signals_passed_on(received: list[int]) -> Iterator[None]:
-    """Let SIGTERM and SIGINT reach the training processes, which save and end; `received` tells what has come."""
+    """Let SIGTERM and SIGINT reach the training processes, which save and end; `received` tells what has come.
+
+    A repeated SIGTERM is the same request, a SIGINT after another signal ends them at once (see StopRequest).
+    """
 
     def handle(number: int, _frame: object) -> None:
         received.append(number)
         training = children()
         for pid in training:
-            os.kill(pid, signal.SIGTERM if len(received) == 1 else signal.SIGKILL)
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL if ended_at_once(received) else signal.SIGTERM)
         if not training:
             # None has been started yet, or all have ended; those to come would not hear of it.
             raise SystemExit(SIGNAL_EXIT_BASE + number)
@@ -170,16 +176,19 @@ def _signals_passed_on(received: list[int]) -> Iterator[None]:
             signal.signal(number, handler)
 
 
+def ended_at_once(received: Sequence[int]) -> bool:
+    """Whether the signals ask for more than to save and end."""
+    return signal.SIGINT in received[1:]
+
+
 def children() -> list[int]:
     """Processes whose parent is this one."""
     found = []
-    for path in Path("/proc").glob("[0-9]*/stat"):
-        try:
-            parent = int(path.read_text().rpartition(")")[2].split()[1])
-        except OSError:
-            continue
-        if parent == os.getpid():
-            found.append(int(path.parent.name))
+    for path in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            pid = int(path.name)
+            if state_and_parent(pid)[1] == os.getpid():
+                found.append(pid)
     return found
 
 
@@ -189,4 +198,5 @@ def rank_of(pid: int) -> int | None:
         variables = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
     except OSError:
         return None
-    return next((int(variable[5:]) for variable in variables if variable.startswith(b"RANK=")), None)
+    found = (variable[5:] for variable in variables if variable.startswith(b"RANK="))
+    return next((int(rank) for rank in found if rank.isdigit()), None)

@@ -97,7 +97,10 @@ def test_killed_rank_is_named_and_the_job_resumes_exactly(torch_flags, tmp_path)
     assert logs[0] == logs[1]
 
 
-def test_a_dead_rank_ends_the_job(torch_flags, tmp_path):
+def test_a_dead_rank_ends_the_job(torch_flags, tmp_path, monkeypatch):
+    temporary = tmp_path / "tmp"
+    temporary.mkdir()
+    monkeypatch.setenv("TMPDIR", str(temporary))
     process = start_training(torch_flags(epochs=SLOW), stderr=subprocess.PIPE, text=True)
     wait_for_update(process, tmp_path / "log" / "run", 7)
     ranks = ranks_of(process)
@@ -109,6 +112,7 @@ def test_a_dead_rank_ends_the_job(torch_flags, tmp_path):
     assert re.search(rf"^error: rank \d \(process {ranks[1]}\) was killed by SIGKILL", error, re.MULTILINE), error
     assert "Traceback" not in error
     assert not any(is_running(pid) for pid in ranks)
+    assert not list(temporary.iterdir())
     checkpoint, passed_over = find_latest(tmp_path / "model" / "run")
     assert checkpoint.epoch >= 1
     assert not passed_over
@@ -127,11 +131,27 @@ def test_a_rank_that_stands_still_is_ended_and_the_job_goes_on(torch_flags, tmp_
     assert not is_running(rank)
 
 
-@pytest.mark.parametrize("to_a_rank", [False, True], ids=["to the launcher", "to a rank"])
-def test_sigterm_stops_all_ranks_with_one_checkpoint(torch_flags, tmp_path, to_a_rank):
+def test_a_rank_that_cannot_stop_is_named(torch_flags, tmp_path):
+    flags = {"epochs": SLOW, "stall_timeout": 2, "max_restarts": 1}
+    process = start_training(torch_flags(**flags), stderr=subprocess.PIPE, text=True)
+    wait_for_update(process, tmp_path / "log" / "run", 3)
+    rank = ranks_of(process)[1]
+    os.kill(rank, signal.SIGSTOP)
+    process.terminate()
+    error = process.communicate(timeout=60)[1]
+    assert process.returncode == 1
+    assert re.search(rf"^error: rank \d \(process {rank}\) stands still", error, re.MULTILINE), error
+
+
+@pytest.mark.parametrize("to", ["the launcher", "a rank", "all, twice"])
+def test_sigterm_stops_all_ranks_with_one_checkpoint(torch_flags, tmp_path, to):
     process = start_training(torch_flags(epochs=SLOW, max_restarts=1), stderr=subprocess.PIPE, text=True)
     wait_for_update(process, tmp_path / "log" / "run", 3)
-    os.kill(ranks_of(process)[1] if to_a_rank else process.pid, signal.SIGTERM)
+    ranks = ranks_of(process)
+    signalled = {"the launcher": [process.pid], "a rank": ranks[1:], "all, twice": [process.pid, *ranks] * 2}[to]
+    for pid in signalled:
+        os.kill(pid, signal.SIGTERM)
+        time.sleep(0.005)
     error = process.communicate(timeout=60)[1]
     assert process.returncode == 128 + signal.SIGTERM, error
     assert error.count("--resume goes on") == 1
@@ -225,7 +245,7 @@ def test_mistakes_are_refused_in_one_line(train, torch_flags, capfd, flags, mess
 
 
 def test_torchrun_and_the_flags_must_agree(train, torch_flags, capfd, monkeypatch):
-    for name, value in {"TORCHELASTIC_RUN_ID": "x", "LOCAL_WORLD_SIZE": "4"}.items():
+    for name, value in {"TORCHELASTIC_RUN_ID": "x", "RANK": "0", "LOCAL_WORLD_SIZE": "4"}.items():
         monkeypatch.setenv(name, value)
     assert train(torch_flags(cpus=2)) == 2
     assert "--nproc-per-node 2" in capfd.readouterr().err

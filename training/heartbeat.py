@@ -19,6 +19,8 @@ RESTARTS_VARIABLES, STARTED_VARIABLE = ("TRAINING_RESTARTS", "TORCHELASTIC_RESTA
 TORCH_AGENT_VARIABLE = "TORCHELASTIC_RUN_ID"
 # How many processes train on this machine; PyTorch's agent sets it, and our launcher.
 LOCAL_PROCESSES_VARIABLE = "LOCAL_WORLD_SIZE"
+# Process id of our launcher for PyTorch: a training process ends with it, even with one that died meanwhile.
+LAUNCHER_VARIABLE = "TRAINING_LAUNCHER"
 # Importing frameworks, reading data and checkpoints, the first batch: a process that starts may take longer than one
 # that runs.
 START_SECONDS = 600.0
@@ -31,9 +33,8 @@ class Heartbeat:
 
     def __init__(self, rank: int = 0) -> None:
         self._socket: socket.socket | None = None
-        address = os.environ.get(HEARTBEAT_VARIABLE)
-        if address:
-            host, port = address.rsplit(":", 1)
+        host, _, port = os.environ.get(HEARTBEAT_VARIABLE, "").rpartition(":")
+        if port.isdigit() and WORKER_VARIABLE in os.environ:
             self._target = (host, int(port))
             self._message = f"{os.environ[WORKER_VARIABLE]} {rank}".encode()
             self._socket = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
@@ -41,7 +42,7 @@ class Heartbeat:
     def beat(self) -> None:
         """One sign of life; a network that loses it is no reason to stop."""
         if self._socket is not None:
-            with contextlib.suppress(OSError):
+            with contextlib.suppress(OSError, OverflowError):
                 self._socket.sendto(self._message, self._target)
 
 
@@ -75,7 +76,7 @@ class Listener:
 
 def in_torch_job() -> bool:
     """Whether torchrun, or our own launcher for PyTorch, started this process."""
-    return TORCH_AGENT_VARIABLE in os.environ
+    return TORCH_AGENT_VARIABLE in os.environ and "RANK" in os.environ
 
 
 def local_processes() -> int:
@@ -86,9 +87,9 @@ def local_processes() -> int:
 
 def restarted() -> bool:
     """Whether a launcher started this job again after a process died."""
-    return any(int(os.environ.get(name, "0")) > 0 for name in RESTARTS_VARIABLES)
+    return any(int(os.environ.get(name) or 0) > 0 for name in RESTARTS_VARIABLES)
 
 
 def job_start() -> float:
     """When the job began, seconds since 1970; 0 when no launcher says."""
-    return float(os.environ.get(STARTED_VARIABLE, "0"))
+    return float(os.environ.get(STARTED_VARIABLE) or 0)

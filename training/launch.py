@@ -31,7 +31,7 @@ from training.heartbeat import (
     WORKER_VARIABLE,
     Listener,
 )
-from training.launch_processes import SIGNAL_EXIT_BASE, STOP_STATUSES, Member, how_it_has_stalled, python_of
+from training.launch_processes import SIGNAL_EXIT_BASE, STOP_STATUSES, Member, StallClock, python_of
 
 ROOT = Path(__file__).resolve().parent.parent
 LOOPBACK = "127.0.0.1"
@@ -202,22 +202,23 @@ class Supervisor:
         self.members = members
         self.workers = [member for member in members if member.role == "worker"]
         self.heartbeats = heartbeats
-        self.stall_timeout = stall_timeout
+        self.clock: StallClock[Member] = StallClock(stall_timeout)
         self.signals = signals
         self.stopping = False
-        now = time.monotonic()
-        self.heard = dict.fromkeys(members, now)
+        for _ in heartbeats.hear():
+            pass  # from processes of the attempt before, which are gone
         self.others_over: float | None = None  # since when workers run without a server or the scheduler
 
     def run(self) -> int:
         """Wait for the end; returns the exit status, raises Failure."""
         while True:
-            self._listen()
+            heard = self._listen()
             if self.signals and not self.stopping:
                 self.stopping = True
                 for worker in self.workers:
                     worker.ask_to_stop()
-            if len(self.signals) > 1:
+            # A repeated SIGTERM is the same request: from the system to all processes, and passed on by `timeout`, say.
+            if signal.SIGINT in self.signals[1:]:
                 raise Failure("a second signal came: ended at once", SIGNAL_EXIT_BASE + self.signals[0])
             statuses = {member: member.exit_status() for member in self.members}
             self._look_for_deaths(statuses)
@@ -226,14 +227,17 @@ class Supervisor:
                 status = max(statuses[worker] for worker in self.workers)
                 # Workers are asked to stop by SIGTERM, whatever signal came.
                 return SIGNAL_EXIT_BASE + self.signals[0] if self.signals and status in STOP_STATUSES else status
-            self._look_for_stalls(statuses)
+            self._look_for_stalls(statuses, heard)
             time.sleep(POLL_SECONDS)
 
-    def _listen(self) -> None:
+    def _listen(self) -> set[Member]:
+        """The workers that have given a sign of life."""
+        heard = set()
         for number, rank in self.heartbeats.hear():
             if 0 <= number < len(self.workers):
                 self.workers[number].rank = rank
-                self.heard[self.workers[number]] = time.monotonic()
+                heard.add(self.workers[number])
+        return heard
 
     def _look_for_deaths(self, statuses: dict[Member, int | None]) -> None:
         ended = [(member, status) for member, status in statuses.items() if status]
@@ -254,19 +258,15 @@ class Supervisor:
             if time.monotonic() - self.others_over > END_SECONDS:
                 raise Failure(f"{gone[0].name} ended before the workers did")
 
-    def _look_for_stalls(self, statuses: dict[Member, int | None]) -> None:
-        now = time.monotonic()
-        running = [member for member, status in statuses.items() if status is None]
-        for member in running:
-            if member.role != "worker" and not member.is_stopped():
-                self.heard[member] = now
-        # A stopped process makes the others wait for it, so it is the one to name.
-        stopped = [member for member in running if member.is_stopped()]
-        starting = max(self.stall_timeout, START_SECONDS)
-        for member in stopped + running:
-            limit = self.stall_timeout if member in stopped or member.rank is not None else starting
-            if now - self.heard[member] > limit:
-                raise Failure(f"{member.name} {how_it_has_stalled(member in stopped, limit)}")
+    def _look_for_stalls(self, statuses: dict[Member, int | None], heard: set[Member]) -> None:
+        alive = [member for member, status in statuses.items() if status is None]
+        stopped = [member for member in alive if member.is_stopped()]
+        # Servers and the scheduler say nothing; while they do not stand still they count as heard.
+        heard = heard.union(member for member in alive if member.role != "worker")
+        stall = self.clock.find(time.monotonic(), alive, heard, stopped)
+        if stall is not None:
+            member, how = stall
+            raise Failure(f"{member.name} {how}")
 
     def _wait_for_others(self) -> None:
         deadline = time.monotonic() + END_SECONDS

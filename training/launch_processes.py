@@ -15,14 +15,21 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Hashable, Mapping, Sequence
 from pathlib import Path
+from typing import Generic, TypeVar
+
+from training.heartbeat import START_SECONDS
+
+Key = TypeVar("Key", bound=Hashable)
 
 PR_SET_PDEATHSIG = 1
 _LIBC = ctypes.CDLL(None) if sys.platform == "linux" else None
 SSH = ("ssh", "-o", "BatchMode=yes")
 SSH_FAILED = 255
 SIGNAL_EXIT_BASE = 128
+# Launchers look at their processes several times in so many seconds, unless they are held up.
+SUSPENDED_SECONDS = 2.0
 
 
 class Member:
@@ -96,15 +103,54 @@ STOP_STATUSES = (SIGNAL_EXIT_BASE + signal.SIGINT, SIGNAL_EXIT_BASE + signal.SIG
 def is_stopped(pid: int) -> bool:
     """Whether a process of this machine stands still by a signal (SIGSTOP)."""
     try:
-        stat = Path(f"/proc/{pid}/stat").read_text()
+        state, _ = state_and_parent(pid)
     except OSError:
         return False
-    return stat.rpartition(")")[2].split()[0] in ("T", "t")
+    return state in ("T", "t")
 
 
-def how_it_has_stalled(stopped: bool, seconds: float) -> str:
-    """In words. seconds: without a sign of life."""
-    return "stands still (SIGSTOP)" if stopped else f"gave no sign of life for {seconds:g} s"
+def state_and_parent(pid: int) -> tuple[str, int]:
+    """What the kernel says of a process; OSError when there is none. Its name may be any bytes, so it stays bytes."""
+    state, parent = Path(f"/proc/{pid}/stat").read_bytes().rpartition(b")")[2].split()[:2]
+    return state.decode(), int(parent)
+
+
+class StallClock(Generic[Key]):
+    """Finds the one of several processes, given by any keys, that has been silent for too long.
+
+    limit: seconds without a sign of life; START_SECONDS, if they are more, before the first one.
+    """
+
+    def __init__(self, limit: float) -> None:
+        self._limit = limit
+        self._now: float | None = None
+        self._silent: dict[Key, float] = {}  # since when
+        self._stopped: dict[Key, float] = {}
+        self._running: set[Key] = set()
+
+    def find(
+        self, now: float, alive: Collection[Key], heard: Collection[Key], stopped: Collection[Key]
+    ) -> tuple[Key, str] | None:
+        """The process to end and why, in words. now: seconds of a monotonic clock; heard: since the last call."""
+        gap = 0.0 if self._now is None else now - self._now
+        # After a longer one the launcher itself stood still, most likely with the whole job (`scontrol suspend`).
+        slept = gap if gap > SUSPENDED_SECONDS else 0.0
+        self._now = now
+        self._silent = {key: now if key in heard else self._silent.get(key, now) + slept for key in alive}
+        self._stopped = {key: self._stopped.get(key, now) + slept for key in stopped}
+        self._running.update(heard)
+        for key, since in self._stopped.items():
+            if now - since > self._limit:
+                return key, "stands still (SIGSTOP)"
+        if self._stopped:
+            # The others wait for it, which is no silence of theirs.
+            self._silent = dict.fromkeys(alive, now)
+            return None
+        for key in sorted(alive, key=self._silent.__getitem__):
+            limit = self._limit if key in self._running else max(self._limit, START_SECONDS)
+            if now - self._silent[key] > limit:
+                return key, f"gave no sign of life for {limit:g} s"
+        return None
 
 
 def how_it_ended(status: int) -> str:
