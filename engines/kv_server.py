@@ -12,6 +12,7 @@ import threading
 import time
 
 from errors import ProjectError, UsageError, run_command
+from training.launch_processes import SIGNAL_EXIT_BASE
 
 ROLES = ("scheduler", "server")
 # SLURM and Kubernetes send SIGTERM to all processes of a job, and SIGKILL 30 s later. Meanwhile the workers need the
@@ -41,7 +42,7 @@ def main() -> int:
 def _end_in_time() -> None:
     number = signal.sigwait({signal.SIGTERM})
     time.sleep(GRACE_SECONDS)
-    os._exit(128 + number)
+    os._exit(SIGNAL_EXIT_BASE + number)
 
 
 if __name__ == "__main__":

@@ -69,8 +69,8 @@ class TorchGroup(Group):
     def close(self, failed: bool = False) -> None:
         if not failed:
             self.sum([0.0])  # all wait for each other, over gloo: NCCL's barrier would have to guess a device
+        # After a failure NCCL would wait for peers that are gone; the process ends without it.
         if not failed or not torch.cuda.is_initialized():
-            # NCCL would wait for peers that are gone.
             dist.destroy_process_group()
         if self._status is not None:
             atexit.register(_end, self._status)

@@ -25,6 +25,7 @@ from errors import ProjectError, UsageError
 from training.heartbeat import (
     HEARTBEAT_VARIABLE,
     LAUNCHER_VARIABLE,
+    LOOPBACK,
     RESTARTS_VARIABLES,
     STARTED_VARIABLE,
     WORKER_VARIABLE,
@@ -34,15 +35,16 @@ from training.launch_processes import (
     SIGNAL_EXIT_BASE,
     STOP_STATUSES,
     StallClock,
+    ended_at_once,
     how_it_ended,
     is_stopped,
+    processors,
     state_and_parent,
 )
 
 SCRIPT = Path(__file__).resolve().parent.parent / "train_se_resnext.py"
 # How long the processes that are left may take to end by themselves when one died, before they are killed.
 SHUTDOWN_SECONDS = 4
-LOOPBACK = "127.0.0.1"
 POLL_SECONDS = 0.5
 
 
@@ -55,14 +57,13 @@ def run_processes(argv: Sequence[str], processes: int, max_restarts: int, stall_
     """
     # The agent reports every death at length; it is said below in one line.
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
-    threads = os.environ.get("OMP_NUM_THREADS") or str(max(1, len(os.sched_getaffinity(0)) // processes))
-    watch = _StallWatch(stall_timeout)
+    threads = os.environ.get("OMP_NUM_THREADS") or str(max(1, processors() // processes))
     shared = {
-        "OMP_NUM_THREADS": threads, STARTED_VARIABLE: str(time.time()), RESTARTS_VARIABLES[0]: "0",
-        HEARTBEAT_VARIABLE: f"{LOOPBACK}:{watch.port}", WORKER_VARIABLE: "0", LAUNCHER_VARIABLE: str(os.getpid()),
+        "OMP_NUM_THREADS": threads, STARTED_VARIABLE: str(time.time()), WORKER_VARIABLE: "0",
+        LAUNCHER_VARIABLE: str(os.getpid()),
     }  # fmt: skip
     received: list[int] = []
-    with tempfile.TemporaryDirectory() as folder, _environment(shared), _signals_passed_on(received), watch:
+    with tempfile.TemporaryDirectory() as folder, _environment(shared), _signals_passed_on(received):
         config = LaunchConfig(
             min_nodes=1, max_nodes=1, nproc_per_node=processes, rdzv_backend="c10d", rdzv_endpoint="localhost:0",
             run_id=f"train-{os.getpid()}", max_restarts=0, signals_to_handle="", shutdown_timeout=SHUTDOWN_SECONDS,
@@ -70,9 +71,11 @@ def run_processes(argv: Sequence[str], processes: int, max_restarts: int, stall_
         )  # fmt: skip
         # The agent could start the processes again by itself, but would not say why.
         for attempt in range(max_restarts + 1):
-            os.environ[RESTARTS_VARIABLES[0]] = str(attempt)
+            watch = _StallWatch(stall_timeout)
+            own = {RESTARTS_VARIABLES[0]: str(attempt), HEARTBEAT_VARIABLE: f"{LOOPBACK}:{watch.port}"}
             try:
-                launch_agent(config, sys.executable, [str(SCRIPT), *argv])
+                with _environment(own), watch:
+                    launch_agent(config, sys.executable, [str(SCRIPT), *argv])
                 break
             except ChildFailedError as error:
                 status, what = _first_death(error, watch.stalls)
@@ -94,7 +97,7 @@ class _StallWatch(threading.Thread):
 
     def __init__(self, limit: float) -> None:
         super().__init__(daemon=True)
-        self._listener = Listener(LOOPBACK)
+        self._listener = Listener()
         self._limit = limit
         self._over = threading.Event()
         self.port = self._listener.port
@@ -155,7 +158,7 @@ def _environment(variables: dict[str, str]) -> Iterator[None]:
 def _signals_passed_on(received: list[int]) -> Iterator[None]:
     """Let SIGTERM and SIGINT reach the training processes, which save and end; `received` tells what has come.
 
-    A repeated SIGTERM is the same request, a SIGINT after another signal ends them at once (see StopRequest).
+    A SIGINT after another signal ends them at once.
     """
 
     def handle(number: int, _frame: object) -> None:
@@ -174,11 +177,6 @@ def _signals_passed_on(received: list[int]) -> Iterator[None]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-
-
-def ended_at_once(received: Sequence[int]) -> bool:
-    """Whether the signals ask for more than to save and end."""
-    return signal.SIGINT in received[1:]
 
 
 def children() -> list[int]:

@@ -8,14 +8,13 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from bright_corners import bright_corners
 
-from conftest import read_lines
+from conftest import ROOT, read_lines
 from engines.base import Batch, TrainState
 from engines.torch_engine import TorchEngine
 from errors import UsageError
@@ -26,7 +25,6 @@ from training.initializer import initial_state
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="PyTorch sees no GPU")
 
-ROOT = Path(__file__).resolve().parent.parent
 GPU = "cuda:0"
 IMAGE_SHAPE, ROWS, CLASSES, LR = (3, 16, 16), 32, 10, 0.0005
 

@@ -21,6 +21,7 @@ TORCH_AGENT_VARIABLE = "TORCHELASTIC_RUN_ID"
 LOCAL_PROCESSES_VARIABLE = "LOCAL_WORLD_SIZE"
 # Process id of our launcher for PyTorch: a training process ends with it, even with one that died meanwhile.
 LAUNCHER_VARIABLE = "TRAINING_LAUNCHER"
+LOOPBACK = "127.0.0.1"
 # Importing frameworks, reading data and checkpoints, the first batch: a process that starts may take longer than one
 # that runs.
 START_SECONDS = 600.0
@@ -47,9 +48,12 @@ class Heartbeat:
 
 
 class Listener:
-    """The launcher's end, for HEARTBEAT_VARIABLE. host: the address to listen at, "" for all of this machine's."""
+    """The launcher's end, for HEARTBEAT_VARIABLE. host: the address to listen at, "" for all of this machine's.
 
-    def __init__(self, host: str) -> None:
+    One for every start of a job, at a port of its own: what processes of an earlier start have sent is not heard.
+    """
+
+    def __init__(self, host: str = LOOPBACK) -> None:
         self._socket = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
         self._socket.bind((host, 0))
         self._socket.setblocking(False)

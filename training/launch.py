@@ -24,6 +24,7 @@ from errors import UsageError, run_command
 from training.heartbeat import (
     HEARTBEAT_VARIABLE,
     LOCAL_PROCESSES_VARIABLE,
+    LOOPBACK,
     RESTARTS_VARIABLES,
     STALL_SECONDS,
     START_SECONDS,
@@ -31,10 +32,17 @@ from training.heartbeat import (
     WORKER_VARIABLE,
     Listener,
 )
-from training.launch_processes import SIGNAL_EXIT_BASE, STOP_STATUSES, Member, StallClock, python_of
+from training.launch_processes import (
+    SIGNAL_EXIT_BASE,
+    STOP_STATUSES,
+    Member,
+    StallClock,
+    ended_at_once,
+    processors,
+    python_of,
+)
 
 ROOT = Path(__file__).resolve().parent.parent
-LOOPBACK = "127.0.0.1"
 POLL_SECONDS = 0.05
 # Scheduler and servers end a moment before or after the workers; a longer moment means that something is wrong.
 END_SECONDS = 5.0
@@ -139,8 +147,8 @@ class Plan:
         if self.hosts:
             return {**{name: os.environ[name] for name in os.environ if name.startswith(PASSED_ON)}, **shared}
         shared["DMLC_NODE_HOST"] = LOOPBACK
-        # Without it every worker would use all processors, and all of them would wait for each other.
-        shared["OMP_NUM_THREADS"] = os.environ.get("OMP_NUM_THREADS") or str(max(1, _processors() // self.workers))
+        # Without it every process, servers too, would use all processors, and all of them would wait for each other.
+        shared["OMP_NUM_THREADS"] = os.environ.get("OMP_NUM_THREADS") or str(max(1, processors() // self.workers))
         shared["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
         return shared
 
@@ -177,10 +185,6 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
-def _processors() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
 def kill(members: Sequence[Member]) -> None:
     """End all processes at once; checkpoints are whole at any moment."""
     for member in members:
@@ -205,8 +209,6 @@ class Supervisor:
         self.clock: StallClock[Member] = StallClock(stall_timeout)
         self.signals = signals
         self.stopping = False
-        for _ in heartbeats.hear():
-            pass  # from processes of the attempt before, which are gone
         self.others_over: float | None = None  # since when workers run without a server or the scheduler
 
     def run(self) -> int:
@@ -217,8 +219,7 @@ class Supervisor:
                 self.stopping = True
                 for worker in self.workers:
                     worker.ask_to_stop()
-            # A repeated SIGTERM is the same request: from the system to all processes, and passed on by `timeout`, say.
-            if signal.SIGINT in self.signals[1:]:
+            if ended_at_once(self.signals):
                 raise Failure("a second signal came: ended at once", SIGNAL_EXIT_BASE + self.signals[0])
             statuses = {member: member.exit_status() for member in self.members}
             self._look_for_deaths(statuses)
@@ -261,7 +262,7 @@ class Supervisor:
     def _look_for_stalls(self, statuses: dict[Member, int | None], heard: set[Member]) -> None:
         alive = [member for member, status in statuses.items() if status is None]
         stopped = [member for member in alive if member.is_stopped()]
-        # Servers and the scheduler say nothing; while they do not stand still they count as heard.
+        # Servers and the scheduler say nothing, so they count as heard; standing still they are found all the same.
         heard = heard.union(member for member in alive if member.role != "worker")
         stall = self.clock.find(time.monotonic(), alive, heard, stopped)
         if stall is not None:
@@ -280,8 +281,8 @@ def run_job(plan: Plan, max_restarts: int, stall_timeout: float) -> int:
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda number, _frame: signals.append(number))
     started = time.time()
-    with Listener(LOOPBACK if not plan.hosts else "") as heartbeats:
-        for attempt in range(max_restarts + 1):
+    for attempt in range(max_restarts + 1):
+        with Listener(LOOPBACK if not plan.hosts else "") as heartbeats:
             members = plan.start(plan.environment(attempt, started, heartbeats.port))
             say(f"started {', '.join(member.name for member in members)}")
             try:
@@ -291,9 +292,9 @@ def run_job(plan: Plan, max_restarts: int, stall_timeout: float) -> int:
                 status = failure.status
             finally:
                 kill(members)
-            if status == USAGE_STATUS or signals or attempt == max_restarts:
-                break
-            say(f"restart {attempt + 1} of {max_restarts}: going on from the newest checkpoint")
+        if status == USAGE_STATUS or signals or attempt == max_restarts:
+            break
+        say(f"restart {attempt + 1} of {max_restarts}: going on from the newest checkpoint")
     return status
 
 

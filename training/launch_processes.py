@@ -115,6 +115,20 @@ def state_and_parent(pid: int) -> tuple[str, int]:
     return state.decode(), int(parent)
 
 
+def ended_at_once(signals: Sequence[int]) -> bool:
+    """Whether the signals that a process has got ask for more than to save and end: a SIGINT after another one.
+
+    A repeated SIGTERM does not: SLURM, systemd and others send it to all processes of a job, and launchers, `timeout`
+    too, pass it on to those that have it already.
+    """
+    return signal.SIGINT in signals[1:]
+
+
+def processors() -> int:
+    """Processors that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 class StallClock(Generic[Key]):
     """Finds the one of several processes, given by any keys, that has been silent for too long.
 

@@ -9,7 +9,6 @@ While batches are read OpenCV's own threads are switched off for the process: sa
 
 from __future__ import annotations
 
-import os
 import threading
 import time
 from collections import deque
@@ -29,6 +28,7 @@ from engines.base import IGNORED_LABEL, Batch
 from errors import OptionError, ProjectError, UsageError
 from training.augment import Augmenter
 from training.heartbeat import local_processes
+from training.launch_processes import processors
 
 Augment = Callable[[np.ndarray, np.random.Generator], np.ndarray]
 
@@ -41,11 +41,6 @@ _BATCHES_AHEAD = 3
 _SMALL_RECORD = 4096
 # What a stream of random numbers is for; part of the seed, so that order and augmentation are independent.
 _ORDER, _AUGMENTATION = 0, 1
-
-
-def processors() -> int:
-    """Processors that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def default_threads(records: RecordFile) -> int:

@@ -13,6 +13,7 @@ from errors import ProjectError
 from training.checkpoint import CheckpointError
 from training.data import Data
 from training.heartbeat import Heartbeat
+from training.launch_processes import SIGNAL_EXIT_BASE
 from training.metrics import batch_metrics
 from training.position import Position
 from training.progress import EpochProgress, Nowhere
@@ -20,14 +21,11 @@ from training.run_log import RunLog
 from training.saving import Saver
 from training.schedule import Schedule
 
-SIGNAL_EXIT_BASE = 128
-
 
 class StopRequest:
     """Turns the first SIGTERM or SIGINT into a flag that the loop reads; a SIGINT after that ends the process at once.
 
-    A SIGTERM after that says nothing new: SLURM, systemd and others send it to all processes of a job, and launchers
-    among these pass it on.
+    A SIGTERM after that says nothing new, see `launch_processes.ended_at_once`.
 
     signal: what this process got. agreed: what the processes of the group know of together, so that they stop after
     the same batch.
